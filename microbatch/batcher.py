@@ -1,0 +1,382 @@
+"""`MicroBatcher`: what users hold. Everything behind it lives in `core`, so that a forgotten batcher can be collected."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import getpid
+from types import TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+from .collector import NEVER
+from .core import Core, Processor
+from .errors import BatcherClosed
+from .events import Event, JobSubmitted
+from .job import Job, JobFuture, JobStatus
+from .life import finish_without_threads, start_threads, wait_for_all, wait_for_finish
+from .options import Options, check_delivery_timeout, options_from_env, seconds
+from .protocols import Batch, BatchProcessor
+from .queues import MemoryQueue, store_factory
+from .retry import RetryPolicy
+from .stats import Stats
+
+J = TypeVar("J")
+R = TypeVar("R")
+E = TypeVar("E", bound=Event)
+Self = TypeVar("Self", bound="MicroBatcher[Any, Any]")
+
+_DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "the batcher's default"})()
+_RETRY = RetryPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the jobs.
+
+    Attributes:
+        completed, failed, cancelled, unknown: jobs with that outcome since construction.
+        undelivered: the jobs themselves that the timeout cut off; their futures carry `BatcherClosed` (no trace) or
+            `OutcomeUnknown`.
+        finished: every job has its outcome and the last event is out.
+    """
+
+    completed: int
+    failed: int
+    cancelled: int
+    unknown: int
+    undelivered: tuple[Any, ...]
+    finished: bool
+
+
+class MicroBatcher(Generic[J, R]):
+    """Collects submitted jobs into batches and runs each through *processor* on a background thread.
+
+    All methods may be called from any thread. No thread starts before the first submit in this process; after a
+    fork the child starts empty and works. Every accepted job gets exactly one outcome.
+
+    Args:
+        processor: an object with `process(batch)`, or a plain function; see `BatchProcessor`.
+        max_batch_size: exact upper bound of a batch.
+        linger: longest extra time, in seconds, that the oldest queued job waits for company while a worker is
+            free (elsewhere: batch timeout, interval, frequency).
+        max_concurrent_batches: worker threads; 1 keeps the order of submits, retries and isolation aside.
+        max_outstanding: bound on accepted jobs without an outcome; a queue's own `maxsize` adds to it.
+        when_full: `"block"` up to *submit_timeout*, or `"raise"`; both end in `QueueFull`.
+        submit_timeout: seconds that a submit may block when full.
+        delivery_timeout: seconds from submit to outcome, retries included; None for no limit.
+        retry: a `RetryPolicy`, or None for never.
+        queue: a factory of a `JobQueue`, or an empty queue of the stdlib.
+        history: how many finished jobs `status` still knows.
+        history_ttl: for how many seconds.
+        name: for threads, logs and metrics.
+
+    Raises:
+        TypeError, ValueError: naming the option, the value and the remedy.
+    """
+
+    def __init__(
+        self,
+        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Any],
+        *,
+        max_batch_size: int = 100,
+        linger: float = 0.0,
+        max_concurrent_batches: int = 1,
+        max_outstanding: int = 10_000,
+        when_full: str = "block",
+        submit_timeout: float = 5.0,
+        delivery_timeout: float | None = 20.0,
+        retry: RetryPolicy | None = _RETRY,
+        queue: Any = MemoryQueue,
+        history: int = 10_000,
+        history_ttl: float = 300.0,
+        name: str = "microbatch",
+    ) -> None:
+        options = Options(
+            max_batch_size,
+            linger,
+            max_concurrent_batches,
+            max_outstanding,
+            when_full,
+            submit_timeout,
+            delivery_timeout,
+            retry,
+            queue,
+            history,
+            history_ttl,
+            name,
+        )
+        self._open(Core(Processor(processor), options, store_factory(queue), *self._drive()))
+
+    def _drive(self) -> tuple[Callable[[], float], Callable[[Core], None]]:
+        """The clock, and how threads are started."""
+        return time.monotonic, start_threads
+
+    def _open(self, core: Core) -> None:
+        self._core = core
+        self._submit_timeout = core.options.submit_timeout
+        timeout = core.options.delivery_timeout
+        self._lifetime = NEVER if timeout is None else timeout
+        # Holds the core and not the batcher; exit has hooks of its own.
+        weakref.finalize(self, core.close).atexit = False
+
+    @classmethod
+    def from_env(
+        cls: type[Self],
+        processor: BatchProcessor[Any, Any] | Callable[[Batch[Any]], Any],
+        prefix: str = "MICROBATCH_",
+        **overrides: Any,
+    ) -> Self:
+        """A batcher with options from the environment, such as `MICROBATCH_MAX_BATCH_SIZE=500`.
+
+        The word `none` is None, an empty variable is unset; the retry policy's numbers are `…RETRY_MAX_ATTEMPTS`,
+        `…RETRY_BACKOFF` and `…RETRY_BACKOFF_MAX`. Keyword arguments win over the environment.
+
+        Raises:
+            ValueError: a bad value, or a variable that is nearly an option's name.
+        """
+        return cls(processor, **{**options_from_env(prefix), **overrides})
+
+    def submit(
+        self,
+        job: J,
+        *,
+        job_id: str | None = None,
+        priority: int = 0,
+        submit_timeout: float = _DEFAULT,
+        delivery_timeout: float | None = _DEFAULT,
+    ) -> JobFuture[R]:
+        """Accept *job* and return its future at once; it waits only while the batcher is full.
+
+        Args:
+            job_id: an id of your own. One that is pending, processing, completed or unknown in this process gives
+                the same future again; after failed or cancelled it is free.
+            priority: larger first, FIFO within one.
+            submit_timeout: seconds to wait for a place, instead of the batcher's.
+            delivery_timeout: seconds to the outcome, instead of the batcher's.
+
+        Raises:
+            QueueFull: no place within *submit_timeout*; on the batcher's own threads at once.
+            BatcherClosed: `shutdown` has begun, also while this call waited.
+            RuntimeError: no thread can be started.
+            TypeError, ValueError: a bad argument.
+
+        Whatever it raises, the job was not accepted. (One exception: an interrupt such as Ctrl-C may arrive just
+        after the acceptance; the job then runs without a handle.)
+        """
+        core = self._core
+        if core.pid != getpid():
+            core.check_process()
+        if submit_timeout is not _DEFAULT or delivery_timeout is not _DEFAULT or priority or job_id is not None:
+            self._check(job_id, priority, submit_timeout, delivery_timeout)
+        record = self._record(job, priority, delivery_timeout)
+        if not core.ready:
+            self._start()
+        timeout = self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout
+        future = core.admit(record, timeout, job_id)
+        if core.listeners.any() and future is record.future:
+            self._tell_submitted(job, future, priority)
+        return future
+
+    def submit_many(
+        self,
+        jobs: Iterable[J],
+        *,
+        priority: int = 0,
+        submit_timeout: float = _DEFAULT,
+        delivery_timeout: float | None = _DEFAULT,
+    ) -> list[JobFuture[R]]:
+        """Accept all *jobs* in their order, or none of them; see `submit`. Cheaper than one by one.
+
+        Raises:
+            QueueFull: also at once when they are more than `max_outstanding`.
+        """
+        core = self._core
+        core.check_process()
+        self._check(None, priority, submit_timeout, delivery_timeout)
+        payloads = list(jobs)
+        records = [self._record(job, priority, delivery_timeout) for job in payloads]
+        if not records:
+            return []
+        if not core.ready:
+            self._start()
+        core.admit_all(records, self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout)
+        futures = [record.future for record in records]
+        if core.listeners.any():
+            for payload, future in zip(payloads, futures, strict=True):
+                self._tell_submitted(payload, future, priority)
+        return futures
+
+    def execute(
+        self,
+        job: J,
+        *,
+        job_id: str | None = None,
+        priority: int = 0,
+        submit_timeout: float = _DEFAULT,
+        delivery_timeout: float | None = _DEFAULT,
+    ) -> R:
+        """Submit *job* and wait for its result, bounded by *delivery_timeout*; see `submit`.
+
+        Raises:
+            RuntimeError: on the batcher's own threads, where it would wait for itself.
+            Exception: whatever failed the job.
+        """
+        if self._core.on_own_thread():
+            raise RuntimeError("execute() on a thread of its own batcher would wait for itself; use submit()")
+        return self.submit(
+            job,
+            job_id=job_id,
+            priority=priority,
+            submit_timeout=submit_timeout,
+            delivery_timeout=delivery_timeout,
+        ).result()
+
+    def status(self, job_id: str) -> JobStatus:
+        """The status of a job of this process, by its id.
+
+        Raises:
+            JobNotFound: never seen here, or forgotten by now (`history`, `history_ttl`).
+        """
+        return self.future(job_id).status
+
+    def future(self, job_id: str) -> JobFuture[R]:
+        """The future of a job of this process, by its id; raises as `status` does."""
+        return self._core.find(job_id)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Close the open batch, and wait until everything accepted before this call is resolved.
+
+        Args:
+            timeout: seconds; None waits as long as it takes (`delivery_timeout` bounds every job).
+
+        Returns:
+            False if *timeout* passed first.
+
+        Raises:
+            RuntimeError: on the batcher's own threads, where it would wait for itself.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout)
+        core = self._core
+        core.check_process()
+        if core.on_own_thread():
+            raise RuntimeError("flush() on a thread of its own batcher would wait for itself")
+        return wait_for_all(core.flush_open_batch(), timeout)
+
+    def shutdown(
+        self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None
+    ) -> ShutdownReport:
+        """Stop accepting, process everything accepted before, retries included, and report.
+
+        Idempotent; the earliest of several timeouts wins. On the batcher's own threads (a callback, a listener)
+        it only begins the shutdown and returns an incomplete report at once.
+
+        Args:
+            wait: until every job has its outcome and the last event is out; False returns at once, and the
+                timeout is kept all the same.
+            cancel_futures: cancel what is queued; what waits for a retry fails with `BatcherClosed`.
+            timeout: seconds, after which queued jobs fail with `BatcherClosed` and running ones become
+                unknown; both are handed back in the report.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout)
+        core = self._core
+        core.check_process()
+        core.close(NEVER if timeout is None else core.clock() + timeout)
+        if cancel_futures:
+            self._cancel_all()
+        if not wait or core.on_own_thread():
+            finish_without_threads(core)
+        else:
+            wait_for_finish(core, timeout)
+        return self._report()
+
+    @overload
+    def on(self, event_type: type[E], listener: Callable[[E], object]) -> Callable[[E], object]: ...
+    @overload
+    def on(self, event_type: type[E]) -> Callable[[Callable[[E], object]], Callable[[E], object]]: ...
+    def on(self, event_type: type[E], listener: Callable[[E], object] | None = None) -> Any:
+        """Call *listener* with every event of *event_type*; without *listener*, a decorator.
+
+        Listeners run on the batcher's threads after the futures are resolved, outside every lock. One that raises
+        is logged and changes nothing; a slow one delays the next batch.
+        """
+        if listener is None:
+            return lambda function: self.on(event_type, function)
+        with self._core.lock:
+            self._core.listeners.add(event_type, listener)
+        return listener
+
+    def off(self, event_type: type[E], listener: Callable[[E], object]) -> None:
+        """Stop calling *listener*, compared by equality; ValueError if it does not listen."""
+        with self._core.lock:
+            self._core.listeners.remove(event_type, listener)
+
+    def stats(self) -> Stats:
+        """A consistent snapshot of the counters."""
+        return self._core.stats()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        core = self._core
+        state = "shut down" if core.finished else "shutting down" if core.closed else "open"
+        return f"<{type(self).__name__} {core.options.name!r}, {state}, {len(core.outstanding)} outstanding>"
+
+    # Helpers.
+
+    def _check(self, job_id: str | None, priority: int, submit_timeout: float, delivery_timeout: float | None) -> None:
+        options = self._core.options
+        if job_id is not None and not isinstance(job_id, str):
+            raise TypeError(f"job_id must be a string, not {job_id!r}")
+        if job_id == "":
+            raise ValueError("job_id must not be empty; leave it out for one made by the library")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise TypeError(f"priority must be a whole number, not {priority!r}")
+        if priority and not self._core.intake.store.ordered:
+            raise ValueError(
+                f"priority={priority!r} needs a queue that keeps an order; this one does not. "
+                "Use MemoryQueue (the default), or give yours `ordered = True` if it sorts its items"
+            )
+        if submit_timeout is not _DEFAULT:
+            seconds("submit_timeout", submit_timeout)
+        if delivery_timeout is not _DEFAULT:
+            check_delivery_timeout(delivery_timeout, options.retry)
+
+    def _record(self, job: J, priority: int, delivery_timeout: float | None) -> Job:
+        core = self._core
+        lifetime = self._lifetime if delivery_timeout is _DEFAULT else delivery_timeout
+        now = core.clock()
+        return Job(job, JobFuture(core), priority, now, NEVER if lifetime is None else now + lifetime)
+
+    def _start(self) -> None:
+        if self._core.closed:
+            raise BatcherClosed("the batcher is shut down: the job was not accepted")
+        self._core.start_threads()
+
+    def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:
+        if self._core.listeners.want(JobSubmitted):
+            self._core.listeners.tell(JobSubmitted(job, future._job_id, priority))
+
+    def _cancel_all(self) -> None:
+        core = self._core
+        with core.lock:
+            queued = list(core.outstanding)
+        for sequence in queued:
+            core.cancel(sequence)
+        with core.lock:
+            core.give_up_retries()
+
+    def _report(self) -> ShutdownReport:
+        core = self._core
+        with core.lock:
+            c = core.counters
+            return ShutdownReport(c.completed, c.failed, c.cancelled, c.unknown, tuple(core.undelivered), core.finished)

@@ -1,0 +1,167 @@
+"""The size-or-linger rule: which jobs form the next batch, and when it closes. No locks, no clock, no threads."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .interpreter import CANCELLED
+from .job import QUEUED, WAITING, Job
+from .queues import Store
+
+NEVER = float("inf")
+
+
+@dataclass(slots=True)
+class Undecided:
+    """A batch whose fate nobody knows yet: retried unchanged, alone, with its id."""
+
+    jobs: list[Job]
+    payloads: tuple[Any, ...]
+    batch_id: str
+    attempt: int
+
+    def alive(self) -> bool:
+        return any(job.verdict is None for job in self.jobs)
+
+
+@dataclass(slots=True)
+class Collected:
+    """A closed batch. *undecided* is set when it is one that comes back."""
+
+    jobs: list[Job]
+    trigger: str
+    undecided: Undecided | None = None
+
+
+@dataclass(slots=True)
+class Wait:
+    """Nothing to close yet: sleep until the instant *until*, or until *jobs* more are queued."""
+
+    until: float
+    jobs: int
+
+
+class Intake:
+    """The jobs that no worker has: the queue, the batch being collected, and the heap of due times.
+
+    Used under the batcher's lock. Truth is the dict of outstanding jobs; this is only their order, and can be
+    rebuilt from it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.open: list[Job] = []
+        self.heap: list[tuple[float, int, Job | Undecided]] = []
+        self.dead = 0  # jobs that ended while they lay in the queue
+        self.rebuilt = False  # a job may lie in the queue twice
+        self.unnotified: list[Job] = []  # cancelled by a thread that was interrupted in the middle
+
+    def wait_until(self, due: float, item: Job | Undecided) -> None:
+        """Keep a job or an undecided batch until its due time."""
+        job = item if isinstance(item, Job) else item.jobs[0]
+        heapq.heappush(self.heap, (due, job.sequence, item))
+
+    def sweep(self) -> None:
+        """Drop the dead from the queue."""
+        self.store.remove(lambda job: job.verdict is not None and not _unnotified(job))
+        self.dead = 0
+
+    def rebuild(self, outstanding: Callable[[], list[Job]]) -> None:
+        """Restore the order after an interruption at an unknown point."""
+        while self.store.take(1000):
+            pass
+        self.open, self.heap, self.dead = [], [], 0
+        # Asked for only now: what a finaliser submits meanwhile may be listed twice, never not at all.
+        self.rebuilt = True
+        undecided: dict[int, Undecided] = {}
+        for job in outstanding():
+            if job.place == QUEUED:
+                self.store.put(job)
+            elif job.place == WAITING and isinstance(job.undecided, Undecided):
+                undecided[id(job.undecided)] = job.undecided
+            elif job.place == WAITING:
+                self.wait_until(job.due, job)
+        for batch in undecided.values():
+            self.wait_until(batch.jobs[0].due, batch)
+
+
+def collect_batch(
+    intake: Intake, now: float, *, max_batch_size: int, linger: float, closing: bool = False, flushed: int = 0
+) -> Collected | Wait:
+    """Close the next batch, or say how long to wait for it.
+
+    A due retry goes first; then the queue fills the batch up. It closes when it is full, when the batcher is
+    closing, when a job up to the sequence number *flushed* is in it, or when its oldest job has lingered enough:
+    at once by default.
+    """
+    undecided = _pop_due(intake, now, max_batch_size)
+    if undecided is not None:
+        return Collected(undecided.jobs, "retry", undecided)
+    _fill(intake, now, max_batch_size)
+    due = intake.heap[0][0] if intake.heap else NEVER
+    if not intake.open:
+        return Wait(due, 1)
+    trigger = _trigger(intake.open, now, max_batch_size, linger, closing, flushed)
+    if trigger is None:
+        oldest = min(job.submitted for job in intake.open)
+        return Wait(min(due, oldest + linger), max_batch_size - len(intake.open))
+    jobs, intake.open = intake.open, []
+    return Collected(jobs, trigger)
+
+
+def _pop_due(intake: Intake, now: float, max_batch_size: int) -> Undecided | None:
+    """Move due jobs into the open batch; an undecided batch is returned instead and goes alone."""
+    while intake.heap and intake.heap[0][0] <= now and len(intake.open) < max_batch_size:
+        item = intake.heap[0][2]
+        if isinstance(item, Undecided):
+            heapq.heappop(intake.heap)
+            if item.alive():
+                return item
+            continue
+        if item.verdict is None:
+            item.place = QUEUED
+            intake.open.append(item)
+        heapq.heappop(intake.heap)
+    return None
+
+
+def _fill(intake: Intake, now: float, max_batch_size: int) -> None:
+    """Top the open batch up with living jobs; one past its deadline is left to the supervisor."""
+    intake.open = _living(intake, intake.open, now)
+    while len(intake.open) < max_batch_size:
+        taken = intake.store.take(max_batch_size - len(intake.open))
+        if not taken:
+            return
+        intake.open += _living(intake, taken, now)
+        if intake.rebuilt:
+            intake.open = list(dict.fromkeys(intake.open))
+
+
+def _living(intake: Intake, jobs: list[Job], now: float) -> list[Job]:
+    living = [job for job in jobs if job.verdict is None and job.place == QUEUED and job.deadline > now]
+    if len(living) < len(jobs):
+        intake.unnotified += filter(_unnotified, jobs)
+    return living
+
+
+def _unnotified(job: Job) -> bool:
+    return getattr(job.future, "_state", None) == CANCELLED
+
+
+def _trigger(
+    jobs: list[Job], now: float, max_batch_size: int, linger: float, closing: bool, flushed: int
+) -> str | None:
+    if len(jobs) >= max_batch_size:
+        return "size"
+    if closing:
+        return "shutdown"
+    if flushed and any(job.sequence <= flushed for job in jobs):
+        return "flush"
+    if all(job.attempts for job in jobs):
+        return "retry"
+    if not linger:
+        return "idle"
+    return "linger" if min(job.submitted for job in jobs) + linger <= now else None

@@ -1,0 +1,621 @@
+"""The inner core that threads, futures and finalisers hold: the shared state and every move on it.
+
+Who may move a job, always under `Core.lock`::
+
+    submit ──► QUEUED ──► TAKEN ──► HANDED_OVER ──► verdict          worker
+                 │ ▲        │            │
+                 │ └────────┴─ recover   └─► WAITING ──► QUEUED      worker
+                 ▼
+              verdict: cancel (caller, QUEUED only), deadline and abandonment (supervisor, anywhere)
+
+A job ends when its `verdict` is written, once: the first writer wins, and the same uninterrupted stretch of code
+counts it and takes it out of `outstanding`. Whoever wrote it then concludes the future outside the lock; a worker's
+list of jobs in flight and the supervisor's list of owed futures survive an interruption in between.
+
+Rules for code under the lock. It is re-entrant, so that a finaliser may submit from inside it: only single
+operations of C types on shared structures, no iteration over a dict that may grow, no I/O, no stranger's code (a foreign
+queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no backward jump, the only places
+where CPython runs signal handlers, finalisers and injected exceptions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from .collector import NEVER, Intake, Undecided
+from .errors import BatcherClosed, DeliveryTimeout, ForkedError, JobNotFound, OutcomeUnknown, QueueFull
+from .events import JobCancelled, JobFailed, Listeners
+from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED
+from .job import (
+    COMPLETED,
+    FAILED,
+    HANDED_OVER,
+    QUEUED,
+    UNKNOWN,
+    WAITING,
+    Job,
+    JobFuture,
+    JobStatus,
+    Verdict,
+    status_of,
+)
+from .options import Options
+from .registry import Registry
+from .stats import Counters, Stats
+
+_log = logging.getLogger("microbatch")
+
+CANCELLED = JobStatus.CANCELLED
+CANCELLED_VERDICT: Verdict = (CANCELLED, None, None)
+
+# Every core that may have something to drain at exit or to forget in a forked child.
+cores: weakref.WeakSet[Core] = weakref.WeakSet()
+
+
+class Processor:
+    """The user's processor with its optional methods looked up once."""
+
+    def __init__(self, given: Any) -> None:
+        process = getattr(given, "process", None)
+        if process is None and callable(given) and not isinstance(given, type):
+            process = given
+        if not callable(process):
+            raise TypeError(f"processor must have a method process(batch) or be a function, not {given!r}")
+        self.process: Callable[[Any], Any] = process
+        self.open: Callable[[], object] | None = _method(given, "open")
+        self.close: Callable[[], object] | None = _method(given, "close")
+        self.is_retryable: Callable[[BaseException], bool] | None = _method(given, "is_retryable")
+        self.abandon: Callable[[Any], object] | None = _method(given, "abandon")
+
+
+def _method(given: Any, name: str) -> Any:
+    method = getattr(given, name, None)
+    if method is not None and not callable(method):
+        raise TypeError(f"{name} of processor {given!r} must be a method, not {method!r}")
+    return method
+
+
+class Core:
+    """See the module. Lock order: `lock` is never held while a future's condition is taken."""
+
+    # Guards everything below it. Entered only as `with core.lock:`, in C: an exception raised by a signal handler
+    # inside a `Condition`'s `__enter__` would lose it for ever.
+    lock: threading.RLock
+
+    def __init__(
+        self,
+        processor: Processor,
+        options: Options,
+        new_store: Callable[[], Any],
+        clock: Callable[[], float],
+        start: Callable[[Core], None],
+    ) -> None:
+        self.processor = processor
+        self.options = options
+        self.clock = clock
+        self.listeners = Listeners()
+        self.closed = False
+        self._new_store = new_store
+        self._start = start
+        self._reset()
+        cores.add(self)
+
+    def _reset(self) -> None:
+        options = self.options
+        self.lock = threading.RLock()
+        self.outstanding: dict[int, Job] = {}
+        self.sequence = itertools.count(1)
+        self.intake = Intake(self._new_store())
+        self.registry = Registry(options.history, options.history_ttl)
+        self.counters = Counters()
+        self.batch_ids = map(f"{os.urandom(4).hex()}-{{}}".format, itertools.count(1))
+        # Tokens, not conditions: one that is put before its sleeper sleeps is not lost.
+        self.bell: SimpleQueue[None] = SimpleQueue()  # wakes the collecting worker
+        self.wake_at: float = NEVER  # the sequence number that rings it; NEVER while it is awake
+        self.alarm: SimpleQueue[None] = SimpleQueue()  # wakes the supervisor
+        self.next_check: float = NEVER  # when it wakes by itself
+        self.blocked: deque[tuple[int, SimpleQueue[None]]] = deque()  # submitters waiting for so many places
+        self.collecting = threading.Lock()  # held by the one worker that collects: the others follow
+        self.workers: list[Any] = []
+        self.supervisor: Any = None
+        self.ready = False  # every thread has claimed its place
+        self.touched = False  # the processor was opened or called, so it is to be closed
+        self.own: set[int] = set()  # idents of the threads that must not wait for themselves
+        self.owed: list[Job] = []  # ended by the supervisor, futures not concluded yet
+        self.flushed = 0
+        self.telling = 0  # threads that still run callbacks or listeners for ended jobs
+        self.abandon_at: float = NEVER
+        self.undelivered: list[Any] = []
+        self.finishing = self.finished = False
+        self.closers: list[SimpleQueue[None]] = []
+        # Last: the fork check compares it, and everything else is in place by then.
+        self.pid = os.getpid()
+
+    # Acceptance. Called by submitters.
+
+    def admit(self, job: Job, submit_timeout: float, job_id: str | None) -> JobFuture[Any]:
+        """Accept *job*, waiting for a place if need be; a taken *job_id* gives the future it has."""
+        future: JobFuture[Any] = job.future
+        with self.lock:
+            if job_id is not None:
+                taken = self.registry.taken(job_id, job.submitted)
+                if taken is not None:
+                    return taken
+            if self.closed:
+                raise BatcherClosed("the batcher is shut down: the job was not accepted")
+            if len(self.outstanding) < self.options.max_outstanding:
+                sequence = next(self.sequence)
+                job.sequence = future._sequence = sequence
+                # Wake-ups first, acceptance last: an interrupt in between leaves somebody awake for nothing,
+                # the other way round an accepted job would sleep.
+                if job.deadline < self.next_check:
+                    self.alarm.put(None)
+                    self.next_check = job.deadline
+                if sequence >= self.wake_at:
+                    self.bell.put(None)
+                    self.wake_at = NEVER
+                try:
+                    self.intake.store.put(job)
+                except queue.Full:
+                    pass
+                else:
+                    # THE acceptance: what is queued and not outstanding is skipped.
+                    self.outstanding[sequence] = job
+                    if job_id is not None:
+                        self.registry.live[job_id] = future
+                    return future
+        if not self._wait_for_places(1, submit_timeout, lambda: self._accept_all([job], job_id)):
+            return self.admit(job, 0.0, job_id)
+        return future
+
+    def admit_all(self, jobs: list[Job], submit_timeout: float) -> None:
+        """Accept all *jobs* or none."""
+        if len(jobs) > self.options.max_outstanding:
+            with self.lock:
+                self.counters.rejected += len(jobs)
+            raise QueueFull(
+                f"{len(jobs)} jobs can never fit at once into max_outstanding={self.options.max_outstanding}: "
+                "submit them in slices, or raise max_outstanding"
+            )
+        self._wait_for_places(len(jobs), submit_timeout, lambda: self._accept_all(jobs, None))
+
+    def _accept_all(self, jobs: list[Job], job_id: str | None) -> bool | None:
+        """Under the lock. True when accepted, None when *job_id* was taken meanwhile, False when there is no room."""
+        if job_id is not None and self.registry.taken(job_id, self.clock()) is not None:
+            return None
+        if len(self.outstanding) + len(jobs) > self.options.max_outstanding:
+            return False
+        accepted = {}
+        try:
+            for job in jobs:
+                job.sequence = job.future._sequence = next(self.sequence)
+                self.ring_supervisor(job.deadline)
+                self.ring_worker()
+                self.intake.store.put(job)
+                accepted[job.sequence] = job
+        except queue.Full:
+            return False
+        self.outstanding.update(accepted)
+        if job_id is not None:
+            self.registry.live[job_id] = jobs[0].future
+        return True
+
+    def _wait_for_places(self, need: int, timeout: float, accept: Callable[[], bool | None]) -> bool:
+        """Try *accept* until it says something, waiting for places in between; False if it said None."""
+        give_up = self.clock() + timeout
+        token: SimpleQueue[None] = SimpleQueue()
+        waiter = (need, token)
+        nested = self.lock._is_owned()  # type: ignore[attr-defined]
+        may_wait = timeout > 0 and self.options.when_full == "block" and not nested and not self.on_own_thread()
+        woken = False
+        try:
+            while True:
+                with self.lock:
+                    if self.closed:
+                        raise BatcherClosed("the batcher is shut down: the job was not accepted")
+                    accepted = accept()
+                    if accepted is not False:
+                        return accepted is not None
+                    left = give_up - self.clock()
+                    if not may_wait or left <= 0:
+                        self.counters.rejected += need
+                        raise QueueFull(self._full_message(need, timeout if may_wait else 0.0))
+                    # Who was woken and found its place taken keeps its turn.
+                    (self.blocked.appendleft if woken else self.blocked.append)(waiter)
+                try:
+                    token.get(timeout=left)
+                    woken = True
+                except queue.Empty:
+                    with self.lock:
+                        self._unblock(waiter)
+        finally:
+            # A wake-up that this thread cannot use any more is passed on.
+            with self.lock:
+                self._unblock(waiter)
+                self.wake_blocked()
+
+    def _unblock(self, waiter: tuple[int, SimpleQueue[None]]) -> None:
+        try:
+            self.blocked.remove(waiter)
+        except ValueError:
+            pass
+
+    def _full_message(self, need: int, waited: float) -> str:
+        waits = f" for {waited:g} s" if waited else ""
+        return (
+            f"no room for {need} more job{'s' if need > 1 else ''}{waits}: {len(self.outstanding)} outstanding of "
+            f"max_outstanding={self.options.max_outstanding}; nothing was accepted. Slow down, or raise the bound"
+        )
+
+    def wake_blocked(self) -> None:
+        """Under the lock: wake as many blocked submitters as have room."""
+        if not self.blocked:
+            return
+        free = self.options.max_outstanding - len(self.outstanding)
+        for waiter in list(self.blocked):
+            if waiter[0] <= free:
+                free -= waiter[0]
+                self._unblock(waiter)
+                waiter[1].put(None)
+
+    # Wake-ups. Under the lock.
+
+    def ring_worker(self) -> None:
+        if self.wake_at != NEVER:
+            self.bell.put(None)
+            self.wake_at = NEVER
+
+    def ring_supervisor(self, deadline: float = -NEVER) -> None:
+        if deadline < self.next_check:
+            self.alarm.put(None)
+            self.next_check = deadline
+
+    # Ends. The verdict is written here and nowhere else.
+
+    def end(self, job: Job, verdict: Verdict) -> bool:
+        """Under the lock: give *job* its one outcome; False if it has one."""
+        if job.verdict is not None:
+            return False
+        # Uninterrupted from here: verdict, count and slot change together.
+        job.verdict = verdict
+        status = verdict[0]
+        counters = self.counters
+        if status is COMPLETED:
+            counters.completed += 1
+        elif status is FAILED:
+            counters.failed += 1
+        elif status is CANCELLED:
+            counters.cancelled += 1
+        else:
+            counters.unknown += 1
+        del self.outstanding[job.sequence]
+        job_id = job.future._job_id
+        if job_id is not None:
+            self.registry.finish(job_id, job.future, self.clock())
+        return True
+
+    def after_ends(self) -> None:
+        """Under the lock, after one or more `end`: let those go on who waited for it."""
+        self.wake_blocked()
+        if self.closed and not self.outstanding:
+            self.ring_worker()
+            self.ring_supervisor()
+
+    def cancel(self, sequence: int) -> bool:
+        """End a job that no worker has, for its future's `cancel`; False if it is too late."""
+        self.check_process()
+        with self.lock:
+            job = self.outstanding.get(sequence)
+            if job is None or job.place != QUEUED or job.attempts:
+                return False
+            job.future._mark_cancelled()
+            self.end(job, CANCELLED_VERDICT)
+            self._buried()
+            self.after_ends()
+        conclude(job)
+        job.future._invoke_callbacks()
+        payload, job.payload = job.payload, None
+        if self.listeners.want(JobCancelled):
+            age = self.clock() - job.submitted
+            self.listeners.tell(JobCancelled(payload, job.future._job_id, age))
+        return True
+
+    def _buried(self) -> None:
+        """Under the lock: one more dead job lies in the queue; the supervisor sweeps when they outnumber the living."""
+        self.intake.dead += 1
+        if self.intake.dead > 100 and self.intake.dead > len(self.outstanding):
+            self.ring_supervisor()
+
+    def overdue(self, jobs: list[Job], now: float) -> None:
+        """Under the lock: end those of *jobs* whose deadline has passed."""
+        ended = [job for job in jobs if job.deadline <= now and job.verdict is None]
+        # Owed first: an interruption must not leave a job with a verdict that nobody concludes.
+        self.owed += ended
+        for job in ended:
+            self.end(job, _failure(self._deadline_error(job)))
+            if job.place == QUEUED:
+                self._buried()
+        if ended:
+            self.after_ends()
+
+    def _deadline_error(self, job: Job) -> BaseException:
+        age = job.deadline - job.submitted
+        if job.place == HANDED_OVER:
+            return OutcomeUnknown(
+                f"the processor still held the job at its deadline, {age:g} s after submit",
+                batch_id=self.batch_of(job),
+            )
+        if job.undecided is not None:
+            return _caused(
+                OutcomeUnknown(
+                    f"the fate of the job's batch was still undecided at its deadline, {age:g} s after submit",
+                    batch_id=getattr(job.undecided, "batch_id", None),
+                ),
+                job.error,
+            )
+        tries = f"failed {job.attempts} times" if job.attempts else "was not handed to the processor"
+        return _caused(DeliveryTimeout(f"the job {tries} within {age:g} s; it left no trace"), job.error)
+
+    def abandon_all(self) -> None:
+        """Under the lock, past the deadline of `shutdown`: end everything that is left, and keep it for the report."""
+        for job in list(self.outstanding.values()):
+            self.undelivered.append(job.payload)
+            self.owed.append(job)
+            if job.place == HANDED_OVER or job.undecided is not None:
+                error: BaseException = OutcomeUnknown(
+                    "the batcher's shutdown timed out while the processor held the job",
+                    batch_id=self.batch_of(job),
+                )
+            else:
+                error = BatcherClosed("the batcher's shutdown timed out before the job was processed; it left no trace")
+            self.end(job, _failure(_caused(error, job.error)))
+        self.after_ends()
+
+    def give_up_retries(self) -> None:
+        """Under the lock, for `shutdown(cancel_futures=True)`: end what waits for another attempt."""
+        for job in list(self.outstanding.values()):
+            if job.attempts and job.place in (WAITING, QUEUED):
+                if job.undecided is not None:
+                    error: BaseException = OutcomeUnknown(
+                        "the batcher was shut down before the fate of the job's batch was known",
+                        batch_id=self.batch_of(job),
+                    )
+                else:
+                    error = BatcherClosed("the batcher was shut down before another attempt; the job left no trace")
+                self.owed.append(job)
+                self.end(job, _failure(_caused(error, job.error)))
+        self.after_ends()
+        self.ring_supervisor()
+
+    def batch_of(self, job: Job) -> str | None:
+        """The id of the batch that holds *job*, for its error."""
+        if isinstance(job.undecided, Undecided):
+            return job.undecided.batch_id
+        for worker in list(self.workers):
+            if job in worker.jobs:
+                return worker.batch and worker.batch.id  # type: ignore[no-any-return]
+        return None
+
+    def settle_owed(self) -> bool:
+        """On the supervisor: conclude the futures it ended; False if one must be tried again."""
+        with self.lock:
+            owed = [job for job in self.owed if job.verdict is not None]
+        told = {job: None for job in owed if conclude(job, blocking=False) is not None}
+        with self.lock:
+            self.owed = [job for job in self.owed if job not in told and job.verdict is not None]
+            self.telling += bool(told)
+        if told:
+            self._tell_apart(list(told))
+        return not self.owed
+
+    def _tell_apart(self, jobs: list[Job]) -> None:
+        """Run callbacks and listeners of jobs that the supervisor ended on a thread of their own: they may block."""
+        if not any(job.future.__dict__.get("_done_callbacks") for job in jobs) and not self.listeners.want(JobFailed):
+            self._tell(jobs)
+            return
+        try:
+            threading.Thread(
+                target=self._tell, args=(jobs,), name=f"{self.options.name}-callbacks", daemon=True
+            ).start()
+        except RuntimeError:
+            # No more threads: late callbacks are better than none.
+            self._tell(jobs)
+
+    def _tell(self, jobs: list[Job]) -> None:
+        ident = threading.get_ident()
+        borrowed = ident in self.own
+        self.own.add(ident)
+        try:
+            for job in jobs:
+                run_callbacks(job.future)
+            for job in jobs:
+                self.tell_failed(job, None)
+                job.payload = None
+        finally:
+            if not borrowed:
+                self.own.discard(ident)
+            with self.lock:
+                self.telling -= 1
+                self.ring_supervisor()
+
+    def tell_failed(self, job: Job, batch_id: str | None) -> None:
+        error = job.verdict[2] if job.verdict is not None else None
+        if error is None or not self.listeners.want(JobFailed):
+            return
+        batch_id = getattr(error, "batch_id", None) or batch_id
+        age = self.clock() - job.submitted
+        tell_contained(self.listeners, JobFailed(job.payload, job.future._job_id, job.attempts, batch_id, error, age))
+
+    # Questions.
+
+    def find(self, job_id: str) -> JobFuture[Any]:
+        if not isinstance(job_id, str):
+            raise TypeError(f"job_id must be a string, not {job_id!r}")
+        self.check_process()
+        with self.lock:
+            future = self.registry.find(job_id, self.clock())
+        if future is None:
+            raise JobNotFound(f"no job {job_id!r} is outstanding or in the history of this process")
+        return future
+
+    def remember(self, future: JobFuture[Any], sequence: int) -> None:
+        with self.lock:
+            job_id = future._job_id
+            assert job_id is not None
+            if sequence in self.outstanding:
+                self.registry.live[job_id] = future
+            else:
+                self.registry.finish(job_id, future, self.clock())
+
+    def before_wait(self, unbounded: bool) -> None:
+        self.check_process()
+        if unbounded and self.on_own_thread():
+            raise RuntimeError(
+                "result() of an unfinished job on a thread of its own batcher would wait for itself; "
+                "pass a timeout, or use add_done_callback"
+            )
+
+    def on_own_thread(self) -> bool:
+        return threading.get_ident() in self.own
+
+    def unresolved(self) -> list[JobFuture[Any]]:
+        """Under the lock: the futures of everything accepted that are not concluded."""
+        jobs = [*list(self.outstanding.values()), *self.owed]
+        for worker in list(self.workers):
+            jobs += worker.jobs
+        return [job.future for job in jobs]
+
+    def stats(self) -> Stats:
+        self.check_process()
+        with self.lock:
+            now = self.clock()
+            jobs = list(self.outstanding.values())
+            c = self.counters
+            return Stats(
+                submitted=c.ended() + len(jobs),
+                completed=c.completed,
+                failed=c.failed,
+                cancelled=c.cancelled,
+                unknown=c.unknown,
+                rejected=c.rejected,
+                retries=c.retries,
+                isolated=c.isolated,
+                late_results=c.late_results,
+                outstanding=len(jobs),
+                queued=sum(job.place == QUEUED for job in jobs),
+                oldest_age=max((now - job.submitted for job in jobs), default=0.0),
+                batches=c.batches,
+                batch_jobs=c.batch_jobs,
+                triggers=dict(c.triggers),
+                consecutive_failures=c.consecutive_failures,
+                last_success=None if c.last_success is None else now - c.last_success,
+                queue_wait_seconds=c.queue_wait_seconds,
+                process_seconds=c.process_seconds,
+            )
+
+    # Closing.
+
+    def close(self, abandon_at: float = NEVER) -> None:
+        """Stop acceptance and wake everybody; safe in a finaliser."""
+        with self.lock:
+            self.closed = True
+            if abandon_at < self.abandon_at:
+                self.abandon_at = abandon_at
+            self.ring_worker()
+            self.ring_supervisor()
+            while self.blocked:
+                self.blocked.popleft()[1].put(None)
+
+    def flush_open_batch(self) -> list[JobFuture[Any]]:
+        with self.lock:
+            self.flushed = next(self.sequence)
+            self.ring_worker()
+            return self.unresolved()
+
+    # Process life.
+
+    def check_process(self) -> None:
+        """Notice a fork that ran no hooks (uWSGI runs none)."""
+        if self.pid != os.getpid():
+            with _fork_lock:
+                if self.pid != os.getpid():
+                    self.forget_parent()
+
+    def forget_parent(self) -> None:
+        """In a forked child: start empty. The parent's jobs stay the parent's, its threads do not exist here."""
+        jobs = [*self.outstanding.values(), *self.owed]
+        for worker in self.workers:
+            jobs += worker.jobs
+        for job in jobs:
+            if not job.future.done():
+                error = ForkedError("this future was inherited through fork(); the parent process owns its job")
+                job.verdict = (UNKNOWN, None, error)
+                job.future._orphan(error)
+        self._reset()
+
+    def start_threads(self) -> None:
+        """Called before acceptance and outside every lock: a thread that cannot start means not accepted."""
+        self._start(self)
+
+    def threads_ready(self) -> None:
+        """Under the lock, by a thread that has claimed its place."""
+        full = len(self.workers) >= self.options.max_concurrent_batches
+        self.ready = full and self.supervisor is not None
+
+
+def _failure(error: BaseException) -> Verdict:
+    return (status_of(error), None, error)
+
+
+def _caused(error: BaseException, cause: BaseException | None) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def conclude(job: Job, blocking: bool = True) -> bool | None:
+    """Let the future say what the verdict says; None if it must be tried again. Not under the lock."""
+    assert job.verdict is not None
+    status, result, error = job.verdict
+    if status is CANCELLED:
+        # The hand-shake that `concurrent.futures.wait` counts on: cancelled *and notified*.
+        return job.future._conclude(CANCELLED_AND_NOTIFIED, None, None, blocking)
+    return job.future._conclude(FINISHED, result, error, blocking)
+
+
+def run_callbacks(future: JobFuture[Any]) -> None:
+    """On the batcher's own threads nothing passes, a KeyboardInterrupt neither."""
+    try:
+        future._invoke_callbacks()
+    except KeyboardInterrupt:
+        _log.exception("exception calling a callback for %r", future)
+
+
+def tell_contained(listeners: Listeners, event: Any) -> None:
+    """As `run_callbacks`, for listeners."""
+    try:
+        listeners.tell(event)
+    except KeyboardInterrupt:
+        _log.exception("a listener failed on %s", type(event).__name__)
+
+
+_fork_lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _fork_lock
+    _fork_lock = threading.RLock()
+    for core in list(cores):
+        core.forget_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,402 @@
+"""A job's record inside the library, the future its caller holds, and the status both agree on."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Protocol, TypeVar
+
+from .errors import OutcomeUnknown
+from .interpreter import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    FutureCondition,
+    future_is_known,
+)
+
+R = TypeVar("R")
+
+_log = logging.getLogger("concurrent.futures")
+
+
+class JobStatus(str, enum.Enum):
+    """What a job's future says, in one word."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+
+
+# Bound to names of their own: reading a member of an Enum runs Python code on some interpreters.
+COMPLETED, FAILED, UNKNOWN = JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.UNKNOWN
+
+# Where an outstanding job is; moved under the batcher's lock only.
+QUEUED = 0  # in the queue, or in the batch that is being collected
+TAKEN = 1  # a worker has it, the processor has not seen it in this attempt
+HANDED_OVER = 2  # the processor has it
+WAITING = 3  # in the heap of due times
+
+Verdict = tuple[JobStatus, Any, "BaseException | None"]
+
+
+class Job:
+    """One accepted payload. Orders as (-priority, sequence), never by payload."""
+
+    __slots__ = (
+        "attempts",
+        "deadline",
+        "due",
+        "error",
+        "future",
+        "payload",
+        "place",
+        "priority",
+        "sequence",
+        "submitted",
+        "undecided",
+        "verdict",
+    )
+
+    def __init__(self, payload: Any, future: JobFuture[Any], priority: int, submitted: float, deadline: float) -> None:
+        self.payload = payload
+        self.future = future
+        self.priority = priority
+        self.submitted = submitted
+        self.deadline = deadline
+        self.sequence = 0
+        self.place = QUEUED
+        self.attempts = 0
+        self.due = 0.0
+        self.error: BaseException | None = None
+        self.undecided: object | None = None
+        # Written once, under the lock, by whoever ends the job first: this is the whole arbitration.
+        self.verdict: Verdict | None = None
+
+    def __lt__(self, other: Job) -> bool:
+        return (-self.priority, self.sequence) < (-other.priority, other.sequence)
+
+
+class Owner(Protocol):
+    """What a future asks of the batcher it belongs to."""
+
+    def cancel(self, sequence: int) -> bool:
+        """Cancel the job if it is still queued."""
+
+    def remember(self, future: JobFuture[Any], sequence: int) -> None:
+        """Let `status(job_id)` find the future."""
+
+    def before_wait(self, unbounded: bool) -> None:
+        """Notice a fork; refuse a wait that would wait for itself."""
+
+
+_OVER = (FINISHED, CANCELLED, CANCELLED_AND_NOTIFIED)
+_CONCLUDED = (FINISHED, CANCELLED_AND_NOTIFIED)
+
+# Guards the birth of every future's condition, and the end of every future that has none. The sections under it
+# make no calls, so nothing else runs inside and it is never taken while the batcher's lock is held.
+_births = threading.RLock()
+
+
+class _LateCondition:
+    """Builds `_condition` when somebody first waits; found in the instance from then on."""
+
+    def __get__(self, future: JobFuture[Any] | None, owner: type | None = None) -> Any:
+        if future is None:
+            return self
+        condition, state = FutureCondition(), future.__dict__
+        waiters: list[Any] = []
+        with _births:
+            if "_condition" not in state:
+                state["_waiters"] = waiters
+                state["_condition"] = condition
+        return state["_condition"]
+
+
+class JobFuture(Future[R]):
+    """A `concurrent.futures.Future` with a `job_id` and a `status`.
+
+    Everything that works with a `Future` works with it: `wait`, `as_completed`, `asyncio.wrap_future`,
+    callbacks, `cancel()`. Safe to use from any thread. Callbacks run on the batcher's threads (or at once, where the
+    future is done already): a slow one delays the next batch.
+    """
+
+    # Defaults stand on the class: a future that nobody waits for costs two attributes.
+    _condition = _LateCondition()  # type: ignore[assignment]
+    _state = PENDING
+    _result = None
+    _exception = None
+    _owner: Owner | None = None
+    _sequence = 0
+    _job_id: str | None = None
+
+    def __init__(self, owner: Owner | None = None) -> None:
+        if not _LATE:
+            super().__init__()
+        if owner is not None:
+            self._owner = owner
+
+    @property
+    def job_id(self) -> str:
+        """The id given to `submit`, else an unguessable one that is made when first read."""
+        if self._job_id is None:
+            self.__dict__.setdefault("_job_id", os.urandom(16).hex())
+            if self._owner is not None:
+                self._owner.remember(self, self._sequence)
+        assert self._job_id is not None
+        return self._job_id
+
+    @property
+    def status(self) -> JobStatus:
+        """The future's state in the library's words; a job that waits for a retry is still processing."""
+        if not self.done() and self._owner is not None:
+            self._owner.before_wait(unbounded=False)
+        if not self.done():
+            return JobStatus.PROCESSING if self.running() else JobStatus.PENDING
+        if self.cancelled():
+            return JobStatus.CANCELLED
+        return status_of(self.exception(0))
+
+    def cancel(self) -> bool:
+        """Take the job back if no worker has it yet; True means that it is never handed to the processor."""
+        if self._owner is None:
+            return super().cancel()
+        return self._owner.cancel(self._sequence) or self.cancelled()
+
+    # What follows, up to the marker, replaces methods of `Future` that would build the condition. Where the guard
+    # does not know the interpreter's `Future` they are removed again and the inherited ones remain.
+
+    def cancelled(self) -> bool:
+        """Whether the job was cancelled."""
+        return self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
+
+    def running(self) -> bool:
+        """Whether a worker has the job, or it waits for a retry."""
+        return self._state == RUNNING
+
+    def done(self) -> bool:
+        """Whether the job has its outcome."""
+        return self._state in _OVER
+
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the outcome and return it, or raise it.
+
+        The wait is bounded by the job's `delivery_timeout`. A *timeout* here, in seconds, gives up the wait
+        and not the job: it goes on. Use `execute(job, delivery_timeout=…)` to bound the job itself.
+
+        Raises:
+            concurrent.futures.TimeoutError: *timeout* passed; the job goes on.
+            concurrent.futures.CancelledError: the job was cancelled.
+            RuntimeError: without *timeout* on a thread of the batcher, which would wait for itself.
+            Exception: whatever failed the job.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # The traceback holds this frame; the frame must not hold the exception.
+                del error, self
+        return self._result  # type: ignore[return-value]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as `result` does and return the error, None if there is none."""
+        if self._state not in _OVER and not self._wait(timeout):
+            raise FutureTimeoutError()
+        if self._state != FINISHED:
+            raise CancelledError()
+        return self._exception
+
+    def _wait(self, timeout: float | None) -> bool:
+        if self._owner is not None:
+            self._owner.before_wait(unbounded=timeout is None)
+        condition = self._condition
+        with condition:
+            if self._state not in _OVER:
+                condition.wait(timeout)
+        return self._state in _OVER
+
+    def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
+        """Have *fn* called with the future when it is done, once; its exceptions are logged.
+
+        Runs on a thread of the batcher; at once on this thread if the future is done already.
+        """
+        # Appended first, looked at second: whoever pops the callback runs it, so it runs exactly once
+        # without a lock.
+        self.__dict__.setdefault("_done_callbacks", []).append(fn)
+        if self._state in _OVER:
+            self._invoke_callbacks()
+
+    def set_result(self, result: R) -> None:
+        self._set(result, None)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self._set(None, exception)
+
+    def _set(self, result: R | None, exception: BaseException | None) -> None:
+        if self._state in _OVER or not self._conclude(FINISHED, result, exception):
+            raise InvalidStateError(f"{self._state}: {self!r}")
+        self._invoke_callbacks()
+
+    def __repr__(self) -> str:
+        state, answer = self._state, ""
+        if state == FINISHED and self._exception is not None:
+            answer = f" raised {type(self._exception).__name__}"
+        elif state == FINISHED:
+            answer = f" returned {type(self._result).__name__}"
+        return f"<{type(self).__name__} at {id(self):#x} state={_STATE_WORDS[state]}{answer}>"
+
+    def _invoke_callbacks(self) -> None:
+        callbacks = self.__dict__.get("_done_callbacks")
+        interrupt = None
+        while callbacks:
+            try:
+                callback = callbacks.pop(0)
+            except IndexError:
+                break
+            try:
+                callback(self)
+            except KeyboardInterrupt as exc:
+                # On a caller's thread this may be a real Ctrl-C; the other callbacks get their turn first.
+                interrupt = exc
+            except BaseException:
+                _log.exception("exception calling callback for %r", self)
+        if interrupt is not None:
+            raise interrupt
+
+    # The library's own side. The first three are plain stores, made under the batcher's lock.
+
+    def _start(self) -> None:
+        self._state = RUNNING
+
+    def _put_back(self) -> None:
+        self._state = PENDING
+
+    def _mark_cancelled(self) -> None:
+        self._state = CANCELLED
+
+    def _conclude(self, state: str, result: Any, exception: BaseException | None, blocking: bool = True) -> bool | None:
+        """Move to the final *state* and wake who waits; False if it is final already, None if not *blocking*
+        and somebody is inside `concurrent.futures.wait` with this future. Never called under the batcher's
+        lock. Idempotent: after an interruption, calling it again wakes whoever was not woken.
+        """
+        attributes = self.__dict__
+        with _births:
+            if "_condition" not in attributes:
+                if self._state in _CONCLUDED:
+                    return False
+                self._result = result
+                self._exception = exception
+                self._state = state
+                return True
+        condition = self._condition
+        if not condition.acquire(blocking):
+            return None
+        try:
+            fresh = self._state not in _CONCLUDED
+            if fresh:
+                # Only who waited before this moment is told; later comers see the state.
+                attributes["_untold"] = list(self._waiters)
+                self._result = result
+                self._exception = exception
+                self._state = state
+            condition.notify_all()
+        finally:
+            condition.release()
+        self._tell()
+        return fresh
+
+    def _tell(self) -> None:
+        untold = self.__dict__.get("_untold")
+        while untold:
+            waiter = untold[-1]
+            if self not in waiter.finished_futures:
+                if self._state == CANCELLED_AND_NOTIFIED:
+                    waiter.add_cancelled(self)
+                elif self._exception is not None:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+            untold.pop()
+
+    def _orphan(self, error: BaseException) -> None:
+        """In a forked child: end an inherited future. Its locks may be held by threads that do not exist here."""
+        self.__dict__.update(_condition=FutureCondition(), _waiters=[], _done_callbacks=[])
+        self._exception = error
+        self._state = FINISHED
+
+
+_STATE_WORDS = {
+    PENDING: "pending",
+    RUNNING: "running",
+    CANCELLED: "cancelled",
+    CANCELLED_AND_NOTIFIED: "cancelled",
+    FINISHED: "finished",
+}
+
+
+def status_of(error: BaseException | None) -> JobStatus:
+    """The status of a finished job that carries *error*."""
+    if error is None:
+        return COMPLETED
+    return UNKNOWN if isinstance(error, OutcomeUnknown) else FAILED
+
+
+class _PlainFuture:
+    """The library's own side of a `JobFuture` over a `Future` whose insides are not known: public methods only."""
+
+    def _start(self: Any) -> None:
+        if not self.running():
+            self.set_running_or_notify_cancel()
+
+    def _put_back(self: Any) -> None:
+        # A public method that leads back from running does not exist: the job is queued, its future stays running.
+        pass
+
+    def _mark_cancelled(self: Any) -> None:
+        # `_conclude` does it, outside the batcher's lock.
+        pass
+
+    def _conclude(self: Any, state: str, result: Any, exception: BaseException | None, blocking: bool = True) -> bool:
+        if state == CANCELLED_AND_NOTIFIED:
+            return Future.cancel(self) and not self.set_running_or_notify_cancel()
+        if self.done():
+            return False
+        if exception is None:
+            self.set_result(result)
+        else:
+            self.set_exception(exception)
+        return True
+
+    def _orphan(self: Any, error: BaseException) -> None:
+        Future.__init__(self)
+        self.set_exception(error)
+
+
+_KNOWS_FUTURE = (
+    *("_condition", "_state", "_result", "_exception", "_set", "_tell", "_wait", "_invoke_callbacks", "__repr__"),
+    *("cancelled", "running", "done", "result", "exception", "set_result", "set_exception", "add_done_callback"),
+)
+
+
+def use_plain_future() -> None:
+    """Take back everything in `JobFuture` that knows the insides of `Future`."""
+    for name in _KNOWS_FUTURE:
+        delattr(JobFuture, name)
+    for name in ("_start", "_put_back", "_mark_cancelled", "_conclude", "_orphan"):
+        setattr(JobFuture, name, vars(_PlainFuture)[name])
+
+
+_LATE = future_is_known()
+if not _LATE:
+    use_plain_future()

@@ -1,0 +1,131 @@
+"""From the processor's answer to one verdict per job: decisions only, outside every lock."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .errors import OutcomeUnknown, ProcessorContractError
+from .job import COMPLETED, Job, Verdict, status_of
+from .protocols import Batch
+from .retry import RetryPolicy
+
+_log = logging.getLogger("microbatch.judge")
+
+
+class Again:
+    """Instead of a verdict: another attempt. *undecided*: of the whole batch, unchanged."""
+
+    __slots__ = ("error", "undecided")
+
+    def __init__(self, error: BaseException, undecided: bool = False) -> None:
+        self.error = error
+        self.undecided = undecided
+
+
+Answer = Verdict | Again
+
+
+class Judge:
+    """Knows what is worth another attempt."""
+
+    def __init__(self, is_retryable: Callable[[BaseException], bool] | None, retry: RetryPolicy | None) -> None:
+        self._is_retryable = is_retryable
+        self._retry = retry
+
+    def results(
+        self, batch: Batch[Any], jobs: Sequence[Job], results: object
+    ) -> tuple[list[Answer], BaseException | None]:
+        """One answer per job, and the contract error if *results* is not one result per job."""
+        if results is None:
+            return [(COMPLETED, None, None)] * len(jobs), None
+        problem = None
+        values: tuple[Any, ...] = ()
+        if isinstance(results, (str, bytes, bytearray, memoryview)) or not isinstance(results, Sequence):
+            problem = f"the processor returned {_kind(results)}"
+        else:
+            try:
+                values = tuple(results)
+            except Exception as exc:
+                problem = f"reading the processor's results raised {type(exc).__name__}"
+            else:
+                if len(values) != len(jobs):
+                    problem = f"the processor returned {len(values)} results"
+        if problem is not None:
+            error = ProcessorContractError(
+                f"{problem} for a batch of {len(jobs)}; return one result per job, in their order, or None",
+                batch_id=batch.id,
+            )
+            return self.failure(batch, jobs, error), error
+        return [
+            self._single(job, value) if isinstance(value, BaseException) else (COMPLETED, value, None)
+            for job, value in zip(jobs, values, strict=True)
+        ], None
+
+    def failure(self, batch: Batch[Any], jobs: Sequence[Job], error: BaseException) -> list[Answer]:
+        """The answers when the processor raised: each job gets an error of its own."""
+        if isinstance(error, OutcomeUnknown):
+            if error.batch_id is None:
+                error.batch_id = batch.id
+            if self._undecided(error) and self._allows(batch.attempt):
+                return [Again(error, undecided=True)] * len(jobs)
+        again = self._decided_and_retryable(error)
+        return [
+            Again(own) if again and self._allows(job.attempts) else (status_of(own), None, own)
+            for job, own in zip(jobs, _own_errors(error), strict=False)
+        ]
+
+    def _single(self, job: Job, error: BaseException) -> Answer:
+        if self._decided_and_retryable(error) and self._allows(job.attempts):
+            return Again(error)
+        return (status_of(error), None, error)
+
+    def _allows(self, attempts: int) -> bool:
+        return self._retry is not None and self._retry.allows(attempts)
+
+    def _undecided(self, error: OutcomeUnknown) -> bool:
+        """Only the processor may say "try me again" of an unknown outcome: nobody else knows that it cannot double."""
+        return self._ask(self._is_retryable, error) and not isinstance(error, ProcessorContractError)
+
+    def _decided_and_retryable(self, error: BaseException) -> bool:
+        if self._retry is None or isinstance(error, OutcomeUnknown) or not isinstance(error, Exception):
+            return False
+        return self._ask(self._retry.matches, error) or self._ask(self._is_retryable, error)
+
+    def _ask(self, question: Callable[[BaseException], bool] | None, error: BaseException) -> bool:
+        if question is None:
+            return False
+        try:
+            return bool(question(error))
+        except Exception:
+            _log.exception("asking whether %s is retryable failed; it is not retried", type(error).__name__)
+            return False
+
+
+def _own_errors(error: BaseException) -> Iterator[BaseException]:
+    """*error*, then copies of it: an instance shared between threads grows a traceback at every raise."""
+    yield error
+    while True:
+        yield copied(error)
+
+
+def copied(error: BaseException) -> BaseException:
+    """A copy of the same type, arguments and attributes; the same instance, traceback trimmed, if it resists."""
+    try:
+        twin = copy.copy(error)
+        alike = type(twin) is type(error) and twin is not error and bool(twin.args == error.args)
+    except Exception:
+        alike = False
+    if not alike:
+        return error.with_traceback(None)
+    twin.__cause__ = error.__cause__
+    twin.__context__ = error.__context__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)
+
+
+def _kind(results: object) -> str:
+    name = type(results).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,87 @@
+"""Counters, and the snapshot that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TRIGGERS = ("size", "idle", "linger", "flush", "retry", "shutdown")
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A consistent snapshot. Counts are since construction (in a forked child: since the fork); times are seconds.
+
+    Attributes:
+        submitted: jobs accepted; always the sum of completed, failed, cancelled, unknown and outstanding.
+        rejected: jobs refused with `QueueFull`.
+        retries: attempts after the first.
+        isolated: jobs that failed alone, by the processor's word, in a batch that went on.
+        late_results: results that came after their job had an outcome, and were dropped.
+        outstanding: accepted jobs without an outcome: queued, running or waiting for a retry.
+        queued: those of them that no worker has taken.
+        oldest_age: age of the oldest outstanding job, 0.0 when there is none.
+        batches: batches handed to the processor; `batch_jobs` / `batches` is the mean size.
+        triggers: batches by the reason why they closed.
+        consecutive_failures: batches that failed since the last one that did not.
+        last_success: seconds since the last batch that did not fail, None before the first.
+        queue_wait_seconds: sum over jobs of the time from submit to the first hand-over.
+        process_seconds: sum over batches of the time inside the processor.
+    """
+
+    submitted: int
+    completed: int
+    failed: int
+    cancelled: int
+    unknown: int
+    rejected: int
+    retries: int
+    isolated: int
+    late_results: int
+    outstanding: int
+    queued: int
+    oldest_age: float
+    batches: int
+    batch_jobs: int
+    triggers: Mapping[str, int]
+    consecutive_failures: int
+    last_success: float | None
+    queue_wait_seconds: float
+    process_seconds: float
+
+
+class Counters:
+    """The running numbers, changed under the batcher's lock only.
+
+    `counters.x += 1` makes no call, so neither a signal handler nor a finaliser can run in its middle.
+    """
+
+    __slots__ = (
+        "batch_jobs",
+        "batches",
+        "cancelled",
+        "completed",
+        "consecutive_failures",
+        "failed",
+        "isolated",
+        "last_success",
+        "late_results",
+        "process_seconds",
+        "queue_wait_seconds",
+        "rejected",
+        "retries",
+        "triggers",
+        "unknown",
+    )
+
+    def __init__(self) -> None:
+        self.completed = self.failed = self.cancelled = self.unknown = 0
+        self.rejected = self.retries = self.isolated = self.late_results = 0
+        self.batches = self.batch_jobs = self.consecutive_failures = 0
+        self.queue_wait_seconds = self.process_seconds = 0.0
+        self.last_success: float | None = None
+        self.triggers = dict.fromkeys(TRIGGERS, 0)
+
+    def ended(self) -> int:
+        """Jobs that have an outcome."""
+        return self.completed + self.failed + self.cancelled + self.unknown

@@ -1,0 +1,409 @@
+"""The background thread: collect, process, settle.
+
+What holds at shutdown, and at any other end of a worker:
+
+1. The truth is the dict of outstanding jobs and each job's verdict; a token on the bell is only a wake-up.
+2. A job is in `Worker.jobs` before it leaves the queue's hands, and until its future, its callbacks and its events
+   are through. Whatever hits the thread in between, the sweep finds it there.
+3. Handed over and no verdict means unknown; not handed over means queued again. Nothing is handed over twice for
+   this reason.
+4. A worker leaves only when the batcher is closed and nothing is outstanding: retries come back to it.
+5. The last one to leave closes the processor, once, and only then is gone from `Core.workers`.
+6. A worker never joins or waits for a thread; `shutdown` on it only closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import Any
+
+from .collector import NEVER, Collected, Undecided, Wait, collect_batch
+from .core import Core, conclude, run_callbacks, tell_contained
+from .errors import WorkerDied
+from .events import BatchCompleted, BatchFailed, BatchStarted, JobCompleted, JobRetrying
+from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
+from .judge import Again, Answer, Judge
+from .protocols import Batch
+
+_log = logging.getLogger("microbatch.worker")
+
+
+class Worker:
+    """One worker. `jobs`, `batch` and `processing` are read by other threads, under the lock."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.thread = threading.current_thread()
+        self.judge = Judge(core.processor.is_retryable, core.options.retry)
+        self.jobs: list[Job] = []
+        self.batch: Batch[Any] | None = None
+        self.opened = core.processor.open is None
+        self.processing = False
+        self.abandoned = False
+        self.leaving = False
+
+    def stuck(self) -> bool:
+        """Whether the processor still runs although every job it holds has its outcome."""
+        return self.processing and all(job.verdict is not None for job in self.jobs)
+
+    def run(self) -> None:
+        """Until the batcher is closed and empty. An exception ends it only if it hits the recovery as well."""
+        while True:
+            try:
+                while self.turn():
+                    pass
+                return
+            except BaseException:
+                _log.exception("%s was interrupted; it goes on", self.thread.name)
+                self.recover()
+
+    def turn(self, wait: bool = True) -> bool:
+        """One batch from collecting to its last event; False when there is none (any more, with *wait*)."""
+        with self.core.collecting:
+            collected = self._collect(wait)
+        if collected is None:
+            return False
+        answers, error, began = self._process(collected)
+        if self in self.core.workers:  # a child forked inside the processor has no part in this batch
+            self._settle(answers, error, began)
+        return True
+
+    # Collecting: one worker at a time, the others follow on the lock `collecting`.
+
+    def _collect(self, wait: bool) -> Collected | None:
+        core, options = self.core, self.core.options
+        while True:
+            with core.lock:
+                if self not in core.workers:
+                    return None
+                found = collect_batch(
+                    core.intake,
+                    core.clock(),
+                    max_batch_size=options.max_batch_size,
+                    linger=options.linger,
+                    closing=core.closed,
+                    flushed=core.flushed,
+                )
+                forgotten, core.intake.unnotified = core.intake.unnotified, []
+                if isinstance(found, Collected):
+                    self._take(found)
+                elif not forgotten:
+                    if not wait or (core.closed and not core.outstanding):
+                        return None
+                    core.wake_at = next(core.sequence) + found.jobs
+                if core.blocked:
+                    core.wake_blocked()
+            for job in forgotten:
+                self._resolve(job)
+            if isinstance(found, Collected):
+                return found
+            if not forgotten:
+                self._sleep(found)
+
+    def _sleep(self, wait: Wait) -> None:
+        if wait.until == NEVER:
+            self.core.bell.get()
+            return
+        left = wait.until - self.core.clock()
+        if left > 0:
+            try:
+                self.core.bell.get(timeout=min(left, threading.TIMEOUT_MAX))
+            except queue.Empty:
+                pass
+
+    def _take(self, collected: Collected) -> None:
+        """Under the lock: from here on the jobs are in flight, and no `cancel` gets them."""
+        self.jobs = collected.jobs
+        now = self.core.clock()
+        waited = 0.0
+        for job in collected.jobs:
+            if job.verdict is None:
+                job.place = TAKEN
+                if not job.attempts:
+                    job.future._start()
+                    waited += now - job.submitted
+        self.core.counters.queue_wait_seconds += waited
+        if self.opened:
+            self._hand_over(collected, HANDED_OVER)
+
+    def _hand_over(self, collected: Collected, place: int) -> None:
+        """Under the lock: make the batch. A batch that comes back is unchanged, jobs that ended meanwhile included."""
+        core, undecided = self.core, collected.undecided
+        if undecided is None:
+            self.jobs = collected.jobs = [job for job in collected.jobs if job.verdict is None]
+            if not self.jobs:
+                return
+        deadline = NEVER
+        attempt = 0
+        for job in self.jobs:
+            if job.verdict is None:
+                job.place = place
+                job.attempts += 1
+                attempt = max(attempt, job.attempts)
+                deadline = min(deadline, job.deadline)
+        self.batch = Batch(
+            [job.payload for job in self.jobs] if undecided is None else undecided.payloads,
+            id=next(core.batch_ids) if undecided is None else undecided.batch_id,
+            attempt=attempt if undecided is None else undecided.attempt + 1,
+            trigger=collected.trigger,
+            deadline=None if deadline == NEVER else deadline,
+        )
+        self.abandoned = False
+        counters = core.counters
+        counters.batches += 1
+        counters.batch_jobs += len(self.jobs)
+        counters.triggers[collected.trigger] += 1
+
+    # Processing: outside every lock.
+
+    def _process(self, collected: Collected) -> tuple[list[Answer], BaseException | None, float]:
+        """One answer per job; the error if the processor failed as a whole; the instant when it began."""
+        error = None if self.opened else self._open(collected)
+        batch, began = self.batch, self.core.clock()
+        if batch is None:
+            return [], None, began
+        if error is not None:
+            return self.judge.failure(batch, self.jobs, error), error, began
+        if self.core.listeners.want(BatchStarted):
+            tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
+        self.core.touched = True
+        self.processing = True
+        results, error = call(self.core.processor.process, batch)
+        self.processing = False
+        if error is not None:
+            return self.judge.failure(batch, self.jobs, error), error, began
+        return *self.judge.results(batch, self.jobs, results), began
+
+    def _open(self, collected: Collected) -> BaseException | None:
+        """Open the processor for this thread; its failure is this batch's failure, the next one tries again."""
+        error = None
+        self.core.touched = self.processing = True
+        try:
+            assert self.core.processor.open is not None
+            self.core.processor.open()
+            self.opened = True
+        except BaseException as exc:
+            error = exc
+        self.processing = False
+        with self.core.lock:
+            self._hand_over(collected, HANDED_OVER if error is None else TAKEN)
+        return error
+
+    # Settling: verdicts under the lock, then futures, callbacks and events outside it.
+
+    def _settle(self, answers: list[Answer], error: BaseException | None, began: float) -> None:
+        core, batch, jobs = self.core, self.batch, self.jobs
+        if batch is None:
+            return
+        retried, ended = self._decide(batch, answers, error, began)
+        for job in jobs:
+            if job.verdict is not None:
+                conclude(job)
+        for job in jobs:
+            if job.verdict is not None and job.future.__dict__.get("_done_callbacks"):
+                run_callbacks(job.future)
+        if core.listeners.any():
+            self._tell(batch, retried, ended, error, began)
+        with core.lock:
+            self.jobs = []
+            self.batch = None
+            core.after_ends()
+        for job in ended:
+            job.payload = None
+
+    def _decide(
+        self, batch: Batch[Any], answers: list[Answer], error: BaseException | None, began: float
+    ) -> tuple[list[tuple[Job, BaseException, float]], list[Job]]:
+        """Write the verdicts; the jobs to retry, with error and delay, and those that ended here."""
+        core = self.core
+        retried: list[tuple[Job, BaseException, float]] = []
+        ended: list[Job] = []
+        late = 0
+        # One delay for the whole batch: what failed together comes back together.
+        delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
+        with core.lock:
+            now = core.clock()
+            counters = core.counters
+            counters.process_seconds += now - began
+            if error is None:
+                counters.consecutive_failures = 0
+                counters.last_success = now
+                counters.isolated += sum(type(answer) is Again or answer[2] is not None for answer in answers)  # type: ignore[index]
+            else:
+                counters.consecutive_failures += 1
+            for job, answer in zip(self.jobs, answers, strict=False):
+                if job.verdict is not None:
+                    late += 1
+                elif type(answer) is Again:
+                    self._postpone(job, answer, now + delay)
+                    retried.append((job, answer.error, delay))
+                else:
+                    core.end(job, answer)  # type: ignore[arg-type]
+                    ended.append(job)
+            if retried and isinstance(answers[0], Again) and answers[0].undecided:
+                self._postpone_batch(batch)
+            counters.late_results += late
+            counters.retries += len(retried)
+            if retried:
+                core.ring_worker()
+            core.after_ends()
+        if late:
+            _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, late)
+        return retried, ended
+
+    def _postpone(self, job: Job, again: Again, due: float) -> None:
+        job.due = due
+        job.error = again.error
+        job.undecided = None
+        job.place = WAITING
+        if not again.undecided:
+            self.core.intake.wait_until(due, job)
+
+    def _postpone_batch(self, batch: Batch[Any]) -> None:
+        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt)
+        due = 0.0
+        for job in self.jobs:
+            if job.verdict is None:
+                job.undecided = undecided
+                due = job.due
+        self.core.intake.wait_until(due, undecided)
+
+    def _tell(
+        self,
+        batch: Batch[Any],
+        retried: list[tuple[Job, BaseException, float]],
+        ended: list[Job],
+        error: BaseException | None,
+        began: float,
+    ) -> None:
+        core, listeners, now = self.core, self.core.listeners, self.core.clock()
+        if listeners.want(JobRetrying):
+            for job, cause, delay in retried:
+                tell_contained(
+                    listeners,
+                    JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay),
+                )
+        failed = 0
+        for job in ended:
+            assert job.verdict is not None
+            _, result, failure = job.verdict
+            if failure is not None:
+                failed += 1
+                core.tell_failed(job, batch.id)
+            elif listeners.want(JobCompleted):
+                tell_contained(
+                    listeners,
+                    JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, now - job.submitted),
+                )
+        facts = (batch.id, len(batch), batch.attempt, batch.trigger)
+        if error is None:
+            tell_contained(listeners, BatchCompleted(*facts, failed, now - began))
+        else:
+            tell_contained(listeners, BatchFailed(*facts, error, now - began))
+
+    # Recovery, after an exception from outside hit this thread's own lines.
+
+    def recover(self) -> None:
+        swept = self.sweep()
+        for job in swept:
+            self._resolve(job)
+        for job in swept:
+            self.core.tell_failed(job, None)
+        with self.core.lock:
+            self.jobs = []
+            self.core.after_ends()
+
+    def sweep(self) -> list[Job]:
+        """Invariant 3, for this worker's jobs; then the order is made anew. Returns the jobs that ended."""
+        core = self.core
+        with core.lock:
+            self.processing = False
+            if self not in core.workers:
+                return []
+            batch_id = self.batch.id if self.batch is not None else None
+            for job in self.jobs:
+                if job.verdict is None and job.place == HANDED_OVER:
+                    error = WorkerDied("the worker was interrupted while it held the job", batch_id=batch_id)
+                    core.end(job, (UNKNOWN, None, error))
+                elif job.verdict is None and job.place == TAKEN:
+                    job.place = QUEUED
+                    if not job.attempts:
+                        job.future._put_back()
+            core.intake.rebuild(lambda: list(core.outstanding.values()))
+            core.after_ends()
+            return [job for job in self.jobs if job.verdict is not None]
+
+    def _resolve(self, job: Job) -> None:
+        conclude(job)
+        run_callbacks(job.future)
+
+
+def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:
+    """What *process* returned, or what it raised.
+
+    `map` runs it inside one C call: if an exception from outside arrives between its return and ours, the
+    answer is in the list already and counts. A plain call would lose it and take a done batch for a failed one.
+    """
+    answer: list[Any] = []
+    error: BaseException | None = None
+    try:
+        answer.extend(map(process, (batch,)))
+    except BaseException as exc:
+        error = exc
+    if answer:
+        return answer[0], None
+    if error is None:
+        # `map` takes a StopIteration for its own end.
+        error = RuntimeError("the processor raised StopIteration")
+    return None, error
+
+
+class _DeathWatch:
+    """Rings the supervisor when the frame that holds it is gone, however it ended."""
+
+    def __init__(self, core: Core) -> None:
+        self._alarm = core.alarm
+
+    def __del__(self) -> None:
+        self._alarm.put(None)
+
+
+def work(core: Core) -> None:
+    """The thread's function: claim a place, work, leave. A surplus thread leaves at once."""
+    worker = Worker(core)
+    with core.lock:
+        if len(core.workers) >= core.options.max_concurrent_batches or (core.closed and not core.outstanding):
+            return
+        core.workers.append(worker)
+        core.own.add(threading.get_ident())
+        core.threads_ready()
+    watch = _DeathWatch(core)
+    try:
+        worker.run()
+    except BaseException:
+        # The supervisor sweeps what this one held and starts another.
+        _log.exception("%s died", worker.thread.name)
+        return
+    finally:
+        core.own.discard(threading.get_ident())
+    leave(worker)
+    del watch
+
+
+def leave(worker: Worker) -> None:
+    """Invariant 5."""
+    core = worker.core
+    with core.lock:
+        worker.leaving = True
+        last = all(other.leaving for other in core.workers)
+    if last and core.touched and core.processor.close is not None:
+        try:
+            core.processor.close()
+        except BaseException:
+            _log.exception("closing the processor failed")
+    with core.lock:
+        if worker in core.workers:
+            core.workers.remove(worker)
+        core.ring_supervisor()
