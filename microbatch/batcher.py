@@ -1,4 +1,4 @@
-"""`MicroBatcher`: what users hold. Everything behind it lives in `core`, so that a forgotten batcher can be collected."""
+"""`MicroBatcher`: what users hold. Everything behind it lives in `core`, so a forgotten batcher can be collected."""
 
 from __future__ import annotations
 
@@ -170,11 +170,16 @@ class MicroBatcher(Generic[J, R]):
             core.check_process()
         if submit_timeout is not _DEFAULT or delivery_timeout is not _DEFAULT or priority or job_id is not None:
             self._check(job_id, priority, submit_timeout, delivery_timeout)
-        record = self._record(job, priority, delivery_timeout)
+            record = self._record(job, priority, delivery_timeout)
+            if submit_timeout is _DEFAULT:
+                submit_timeout = self._submit_timeout
+        else:
+            now = core.clock()
+            record = Job(job, JobFuture(core), 0, now, now + self._lifetime)
+            submit_timeout = self._submit_timeout
         if not core.ready:
             self._start()
-        timeout = self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout
-        future = core.admit(record, timeout, job_id)
+        future = core.admit(record, submit_timeout, job_id)
         if core.listeners.any() and future is record.future:
             self._tell_submitted(job, future, priority)
         return future

@@ -13,9 +13,9 @@ counts it and takes it out of `outstanding`. Whoever wrote it then concludes the
 list of jobs in flight and the supervisor's list of owed futures survive an interruption in between.
 
 Rules for code under the lock. It is re-entrant, so that a finaliser may submit from inside it: only single
-operations of C types on shared structures, no iteration over a dict that may grow, no I/O, no stranger's code (a foreign
-queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no backward jump, the only places
-where CPython runs signal handlers, finalisers and injected exceptions.
+operations of C types on shared structures, no iteration over a dict that may grow, no I/O, no stranger's code (a
+foreign queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no backward jump, for these
+are the places where CPython runs signal handlers, finalisers and injected exceptions.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from .job import (
     JobFuture,
     JobStatus,
     Verdict,
+    renew_lock,
     status_of,
 )
 from .options import Options
@@ -115,6 +116,9 @@ class Core:
         self.outstanding: dict[int, Job] = {}
         self.sequence = itertools.count(1)
         self.intake = Intake(self._new_store())
+        # Bound here for `admit`, which runs for every job.
+        self.put = self.intake.store.put
+        self.bound = options.max_outstanding
         self.registry = Registry(options.history, options.history_ttl)
         self.counters = Counters()
         self.batch_ids = map(f"{os.urandom(4).hex()}-{{}}".format, itertools.count(1))
@@ -144,7 +148,6 @@ class Core:
 
     def admit(self, job: Job, submit_timeout: float, job_id: str | None) -> JobFuture[Any]:
         """Accept *job*, waiting for a place if need be; a taken *job_id* gives the future it has."""
-        future: JobFuture[Any] = job.future
         with self.lock:
             if job_id is not None:
                 taken = self.registry.taken(job_id, job.submitted)
@@ -152,8 +155,9 @@ class Core:
                     return taken
             if self.closed:
                 raise BatcherClosed("the batcher is shut down: the job was not accepted")
-            if len(self.outstanding) < self.options.max_outstanding:
+            if len(self.outstanding) < self.bound:
                 sequence = next(self.sequence)
+                future: JobFuture[Any] = job.future
                 job.sequence = future._sequence = sequence
                 # Wake-ups first, acceptance last: an interrupt in between leaves somebody awake for nothing,
                 # the other way round an accepted job would sleep.
@@ -164,7 +168,7 @@ class Core:
                     self.bell.put(None)
                     self.wake_at = NEVER
                 try:
-                    self.intake.store.put(job)
+                    self.put(job)
                 except queue.Full:
                     pass
                 else:
@@ -175,15 +179,15 @@ class Core:
                     return future
         if not self._wait_for_places(1, submit_timeout, lambda: self._accept_all([job], job_id)):
             return self.admit(job, 0.0, job_id)
-        return future
+        return job.future
 
     def admit_all(self, jobs: list[Job], submit_timeout: float) -> None:
         """Accept all *jobs* or none."""
-        if len(jobs) > self.options.max_outstanding:
+        if len(jobs) > self.bound:
             with self.lock:
                 self.counters.rejected += len(jobs)
             raise QueueFull(
-                f"{len(jobs)} jobs can never fit at once into max_outstanding={self.options.max_outstanding}: "
+                f"{len(jobs)} jobs can never fit at once into max_outstanding={self.bound}: "
                 "submit them in slices, or raise max_outstanding"
             )
         self._wait_for_places(len(jobs), submit_timeout, lambda: self._accept_all(jobs, None))
@@ -192,7 +196,7 @@ class Core:
         """Under the lock. True when accepted, None when *job_id* was taken meanwhile, False when there is no room."""
         if job_id is not None and self.registry.taken(job_id, self.clock()) is not None:
             return None
-        if len(self.outstanding) + len(jobs) > self.options.max_outstanding:
+        if len(self.outstanding) + len(jobs) > self.bound:
             return False
         accepted = {}
         try:
@@ -200,7 +204,7 @@ class Core:
                 job.sequence = job.future._sequence = next(self.sequence)
                 self.ring_supervisor(job.deadline)
                 self.ring_worker()
-                self.intake.store.put(job)
+                self.put(job)
                 accepted[job.sequence] = job
         except queue.Full:
             return False
@@ -253,14 +257,14 @@ class Core:
         waits = f" for {waited:g} s" if waited else ""
         return (
             f"no room for {need} more job{'s' if need > 1 else ''}{waits}: {len(self.outstanding)} outstanding of "
-            f"max_outstanding={self.options.max_outstanding}; nothing was accepted. Slow down, or raise the bound"
+            f"max_outstanding={self.bound}; nothing was accepted. Slow down, or raise the bound"
         )
 
     def wake_blocked(self) -> None:
         """Under the lock: wake as many blocked submitters as have room."""
         if not self.blocked:
             return
-        free = self.options.max_outstanding - len(self.outstanding)
+        free = self.bound - len(self.outstanding)
         for waiter in list(self.blocked):
             if waiter[0] <= free:
                 free -= waiter[0]
@@ -302,6 +306,22 @@ class Core:
         if job_id is not None:
             self.registry.finish(job_id, job.future, self.clock())
         return True
+
+    def complete_all(self, jobs: list[Job], verdicts: list[Any]) -> int:
+        """Under the lock: `end` for a batch that completed as a whole; how many jobs had an outcome already."""
+        counters, outstanding, now = self.counters, self.outstanding, self.clock()
+        late = 0
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            if job.verdict is None:
+                # Uninterrupted, as in `end`.
+                job.verdict = verdict
+                counters.completed += 1
+                del outstanding[job.sequence]
+                if job.future._job_id is not None:
+                    self.registry.finish(job.future._job_id, job.future, now)
+            else:
+                late += 1
+        return late
 
     def after_ends(self) -> None:
         """Under the lock, after one or more `end`: let those go on who waited for it."""
@@ -419,7 +439,7 @@ class Core:
 
     def _tell_apart(self, jobs: list[Job]) -> None:
         """Run callbacks and listeners of jobs that the supervisor ended on a thread of their own: they may block."""
-        if not any(job.future.__dict__.get("_done_callbacks") for job in jobs) and not self.listeners.want(JobFailed):
+        if not any(job.future._done_callbacks for job in jobs) and not self.listeners.want(JobFailed):
             self._tell(jobs)
             return
         try:
@@ -555,6 +575,7 @@ class Core:
         jobs = [*self.outstanding.values(), *self.owed]
         for worker in self.workers:
             jobs += worker.jobs
+        renew_lock()
         for job in jobs:
             if not job.future.done():
                 error = ForkedError("this future was inherited through fork(); the parent process owns its job")

@@ -103,8 +103,10 @@ class Owner(Protocol):
 _OVER = (FINISHED, CANCELLED, CANCELLED_AND_NOTIFIED)
 _CONCLUDED = (FINISHED, CANCELLED_AND_NOTIFIED)
 
-# Guards the birth of every future's condition, and the end of every future that has none. The sections under it
-# make no calls, so nothing else runs inside and it is never taken while the batcher's lock is held.
+_CANCELLED_STATUS = JobStatus.CANCELLED
+
+# Guards the birth of every future's condition, and the end of every future that has none. Never taken while the
+# batcher's lock is held: a finaliser that runs under it may submit.
 _births = threading.RLock()
 
 
@@ -117,9 +119,9 @@ class _LateCondition:
         condition, state = FutureCondition(), future.__dict__
         waiters: list[Any] = []
         with _births:
-            if "_condition" not in state:
-                state["_waiters"] = waiters
+            if future._waiters is None:
                 state["_condition"] = condition
+                state["_waiters"] = waiters
         return state["_condition"]
 
 
@@ -132,10 +134,13 @@ class JobFuture(Future[R]):
     """
 
     # Defaults stand on the class: a future that nobody waits for costs two attributes.
-    _condition = _LateCondition()  # type: ignore[assignment]
+    _condition = _LateCondition()
     _state = PENDING
     _result = None
     _exception = None
+    _waiters: Any = None  # until the condition is built
+    _done_callbacks: Any = None
+    _untold: list[Any] | None = None
     _owner: Owner | None = None
     _sequence = 0
     _job_id: str | None = None
@@ -257,7 +262,7 @@ class JobFuture(Future[R]):
         return f"<{type(self).__name__} at {id(self):#x} state={_STATE_WORDS[state]}{answer}>"
 
     def _invoke_callbacks(self) -> None:
-        callbacks = self.__dict__.get("_done_callbacks")
+        callbacks = self._done_callbacks
         interrupt = None
         while callbacks:
             try:
@@ -290,9 +295,8 @@ class JobFuture(Future[R]):
         and somebody is inside `concurrent.futures.wait` with this future. Never called under the batcher's
         lock. Idempotent: after an interruption, calling it again wakes whoever was not woken.
         """
-        attributes = self.__dict__
         with _births:
-            if "_condition" not in attributes:
+            if self._waiters is None:
                 if self._state in _CONCLUDED:
                     return False
                 self._result = result
@@ -306,7 +310,7 @@ class JobFuture(Future[R]):
             fresh = self._state not in _CONCLUDED
             if fresh:
                 # Only who waited before this moment is told; later comers see the state.
-                attributes["_untold"] = list(self._waiters)
+                self._untold = list(self._waiters)
                 self._result = result
                 self._exception = exception
                 self._state = state
@@ -317,7 +321,7 @@ class JobFuture(Future[R]):
         return fresh
 
     def _tell(self) -> None:
-        untold = self.__dict__.get("_untold")
+        untold = self._untold
         while untold:
             waiter = untold[-1]
             if self not in waiter.finished_futures:
@@ -334,6 +338,36 @@ class JobFuture(Future[R]):
         self.__dict__.update(_condition=FutureCondition(), _waiters=[], _done_callbacks=[])
         self._exception = error
         self._state = FINISHED
+
+
+def _complete(jobs: list[Job]) -> list[Job]:
+    """Conclude the futures of *jobs*, all at once where nobody waits; return the jobs that need `_conclude`."""
+    waited = []
+    with _births:
+        for job in jobs:
+            future, verdict = job.future, job.verdict
+            if verdict is None:
+                continue
+            if future._waiters is not None or verdict[0] is _CANCELLED_STATUS:
+                waited.append(job)
+            elif future._state not in _CONCLUDED:
+                future._result = verdict[1]
+                future._exception = verdict[2]
+                future._state = FINISHED
+    return waited
+
+
+complete: Callable[[list[Job]], list[Job]] = _complete
+
+
+def _complete_one_by_one(jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if job.verdict is not None]
+
+
+def renew_lock() -> None:
+    """In a forked child: another thread may have held it."""
+    global _births
+    _births = threading.RLock()
 
 
 _STATE_WORDS = {
@@ -384,13 +418,28 @@ class _PlainFuture:
 
 
 _KNOWS_FUTURE = (
-    *("_condition", "_state", "_result", "_exception", "_set", "_tell", "_wait", "_invoke_callbacks", "__repr__"),
+    *(
+        "_condition",
+        "_state",
+        "_result",
+        "_exception",
+        "_waiters",
+        "_done_callbacks",
+        "_untold",
+        "_set",
+        "_tell",
+        "_wait",
+        "_invoke_callbacks",
+        "__repr__",
+    ),
     *("cancelled", "running", "done", "result", "exception", "set_result", "set_exception", "add_done_callback"),
 )
 
 
 def use_plain_future() -> None:
     """Take back everything in `JobFuture` that knows the insides of `Future`."""
+    global complete
+    complete = _complete_one_by_one
     for name in _KNOWS_FUTURE:
         delattr(JobFuture, name)
     for name in ("_start", "_put_back", "_mark_cancelled", "_conclude", "_orphan"):

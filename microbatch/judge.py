@@ -37,10 +37,10 @@ class Judge:
 
     def results(
         self, batch: Batch[Any], jobs: Sequence[Job], results: object
-    ) -> tuple[list[Answer], BaseException | None]:
-        """One answer per job, and the contract error if *results* is not one result per job."""
+    ) -> tuple[list[Answer], int, BaseException | None]:
+        """One answer per job; how many of them failed alone; the contract error if there is not one result per job."""
         if results is None:
-            return [(COMPLETED, None, None)] * len(jobs), None
+            return [(COMPLETED, None, None)] * len(jobs), 0, None
         problem = None
         values: tuple[Any, ...] = ()
         if isinstance(results, (str, bytes, bytearray, memoryview)) or not isinstance(results, Sequence):
@@ -58,11 +58,18 @@ class Judge:
                 f"{problem} for a batch of {len(jobs)}; return one result per job, in their order, or None",
                 batch_id=batch.id,
             )
-            return self.failure(batch, jobs, error), error
-        return [
-            self._single(job, value) if isinstance(value, BaseException) else (COMPLETED, value, None)
-            for job, value in zip(jobs, values, strict=True)
-        ], None
+            return self.failure(batch, jobs, error), 0, error
+        alone = sum([isinstance(value, BaseException) for value in values])
+        if not alone:
+            return [(COMPLETED, value, None) for value in values], 0, None
+        return (
+            [
+                self._single(job, value) if isinstance(value, BaseException) else (COMPLETED, value, None)
+                for job, value in zip(jobs, values, strict=True)
+            ],
+            alone,
+            None,
+        )
 
     def failure(self, batch: Batch[Any], jobs: Sequence[Job], error: BaseException) -> list[Answer]:
         """The answers when the processor raised: each job gets an error of its own."""

@@ -17,17 +17,33 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from dataclasses import dataclass
 from typing import Any
 
+from . import job as job_module
 from .collector import NEVER, Collected, Undecided, Wait, collect_batch
 from .core import Core, conclude, run_callbacks, tell_contained
-from .errors import WorkerDied
+from .errors import OutcomeUnknown, WorkerDied
 from .events import BatchCompleted, BatchFailed, BatchStarted, JobCompleted, JobRetrying
 from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
 from .judge import Again, Answer, Judge
 from .protocols import Batch
 
 _log = logging.getLogger("microbatch.worker")
+
+
+Retried = tuple[Job, BaseException, float]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone."""
+
+    answers: list[Answer]
+    began: float
+    error: BaseException | None = None
+    alone: int = 0
+    late: int = 0
 
 
 class Worker:
@@ -65,9 +81,9 @@ class Worker:
             collected = self._collect(wait)
         if collected is None:
             return False
-        answers, error, began = self._process(collected)
+        outcome = self._process(collected)
         if self in self.core.workers:  # a child forked inside the processor has no part in this batch
-            self._settle(answers, error, began)
+            self._settle(outcome)
         return True
 
     # Collecting: one worker at a time, the others follow on the lock `collecting`.
@@ -141,8 +157,11 @@ class Worker:
             if job.verdict is None:
                 job.place = place
                 job.attempts += 1
-                attempt = max(attempt, job.attempts)
-                deadline = min(deadline, job.deadline)
+                # Comparisons instead of min and max: this loop runs for every job.
+                if job.attempts > attempt:
+                    attempt = job.attempts
+                if job.deadline < deadline:
+                    deadline = job.deadline
         self.batch = Batch(
             [job.payload for job in self.jobs] if undecided is None else undecided.payloads,
             id=next(core.batch_ids) if undecided is None else undecided.batch_id,
@@ -158,23 +177,22 @@ class Worker:
 
     # Processing: outside every lock.
 
-    def _process(self, collected: Collected) -> tuple[list[Answer], BaseException | None, float]:
-        """One answer per job; the error if the processor failed as a whole; the instant when it began."""
+    def _process(self, collected: Collected) -> Outcome:
         error = None if self.opened else self._open(collected)
         batch, began = self.batch, self.core.clock()
         if batch is None:
-            return [], None, began
-        if error is not None:
-            return self.judge.failure(batch, self.jobs, error), error, began
-        if self.core.listeners.want(BatchStarted):
-            tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
-        self.core.touched = True
-        self.processing = True
-        results, error = call(self.core.processor.process, batch)
-        self.processing = False
-        if error is not None:
-            return self.judge.failure(batch, self.jobs, error), error, began
-        return *self.judge.results(batch, self.jobs, results), began
+            return Outcome([], began)
+        if error is None:
+            if self.core.listeners.want(BatchStarted):
+                tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
+            self.core.touched = True
+            self.processing = True
+            results, error = call(self.core.processor.process, batch)
+            self.processing = False
+            if error is None:
+                answers, alone, error = self.judge.results(batch, self.jobs, results)
+                return Outcome(answers, began, error, alone)
+        return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
 
     def _open(self, collected: Collected) -> BaseException | None:
         """Open the processor for this thread; its failure is this batch's failure, the next one tries again."""
@@ -193,65 +211,65 @@ class Worker:
 
     # Settling: verdicts under the lock, then futures, callbacks and events outside it.
 
-    def _settle(self, answers: list[Answer], error: BaseException | None, began: float) -> None:
+    def _settle(self, outcome: Outcome) -> None:
         core, batch, jobs = self.core, self.batch, self.jobs
         if batch is None:
             return
-        retried, ended = self._decide(batch, answers, error, began)
+        retried = self._decide(batch, outcome)
+        for job in job_module.complete(jobs):
+            conclude(job)
         for job in jobs:
-            if job.verdict is not None:
-                conclude(job)
-        for job in jobs:
-            if job.verdict is not None and job.future.__dict__.get("_done_callbacks"):
+            if job.future._done_callbacks and job.verdict is not None:
                 run_callbacks(job.future)
         if core.listeners.any():
-            self._tell(batch, retried, ended, error, began)
+            self._tell(batch, outcome, retried)
         with core.lock:
             self.jobs = []
             self.batch = None
             core.after_ends()
-        for job in ended:
-            job.payload = None
+        for job in jobs:
+            if job.verdict is not None:
+                job.payload = None
 
-    def _decide(
-        self, batch: Batch[Any], answers: list[Answer], error: BaseException | None, began: float
-    ) -> tuple[list[tuple[Job, BaseException, float]], list[Job]]:
-        """Write the verdicts; the jobs to retry, with error and delay, and those that ended here."""
+    def _decide(self, batch: Batch[Any], outcome: Outcome) -> list[Retried]:
+        """Write the verdicts; return the jobs to retry, with error and delay."""
         core = self.core
-        retried: list[tuple[Job, BaseException, float]] = []
-        ended: list[Job] = []
-        late = 0
+        retried: list[Retried] = []
         # One delay for the whole batch: what failed together comes back together.
         delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
         with core.lock:
             now = core.clock()
-            counters = core.counters
-            counters.process_seconds += now - began
-            if error is None:
-                counters.consecutive_failures = 0
-                counters.last_success = now
-                counters.isolated += sum(type(answer) is Again or answer[2] is not None for answer in answers)  # type: ignore[index]
+            self._count(outcome, now)
+            if outcome.error is None and not outcome.alone:
+                outcome.late = core.complete_all(self.jobs, outcome.answers)
             else:
-                counters.consecutive_failures += 1
-            for job, answer in zip(self.jobs, answers, strict=False):
-                if job.verdict is not None:
-                    late += 1
-                elif type(answer) is Again:
-                    self._postpone(job, answer, now + delay)
-                    retried.append((job, answer.error, delay))
-                else:
-                    core.end(job, answer)  # type: ignore[arg-type]
-                    ended.append(job)
-            if retried and isinstance(answers[0], Again) and answers[0].undecided:
+                for job, answer in zip(self.jobs, outcome.answers, strict=True):
+                    if job.verdict is not None:
+                        outcome.late += 1
+                    elif isinstance(answer, Again):
+                        self._postpone(job, answer, now + delay)
+                        retried.append((job, answer.error, delay))
+                    else:
+                        core.end(job, answer)
+            if retried and isinstance(outcome.answers[0], Again) and outcome.answers[0].undecided:
                 self._postpone_batch(batch)
-            counters.late_results += late
-            counters.retries += len(retried)
+            core.counters.late_results += outcome.late
+            core.counters.retries += len(retried)
             if retried:
                 core.ring_worker()
             core.after_ends()
-        if late:
-            _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, late)
-        return retried, ended
+        _report(batch, outcome, len(retried), delay)
+        return retried
+
+    def _count(self, outcome: Outcome, now: float) -> None:
+        counters = self.core.counters
+        counters.process_seconds += now - outcome.began
+        counters.isolated += outcome.alone
+        if outcome.error is None:
+            counters.consecutive_failures = 0
+            counters.last_success = now
+        else:
+            counters.consecutive_failures += 1
 
     def _postpone(self, job: Job, again: Again, due: float) -> None:
         job.due = due
@@ -270,38 +288,30 @@ class Worker:
                 due = job.due
         self.core.intake.wait_until(due, undecided)
 
-    def _tell(
-        self,
-        batch: Batch[Any],
-        retried: list[tuple[Job, BaseException, float]],
-        ended: list[Job],
-        error: BaseException | None,
-        began: float,
-    ) -> None:
+    def _tell(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
         core, listeners, now = self.core, self.core.listeners, self.core.clock()
         if listeners.want(JobRetrying):
             for job, cause, delay in retried:
-                tell_contained(
-                    listeners,
-                    JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay),
-                )
+                event = JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay)
+                tell_contained(listeners, event)
         failed = 0
-        for job in ended:
-            assert job.verdict is not None
-            _, result, failure = job.verdict
-            if failure is not None:
+        for job, answer in zip(self.jobs, outcome.answers, strict=True):
+            if job.verdict is not answer:
+                continue  # retried, or ended by somebody else, who tells it
+            if job.verdict[2] is not None:
                 failed += 1
                 core.tell_failed(job, batch.id)
             elif listeners.want(JobCompleted):
-                tell_contained(
-                    listeners,
-                    JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, now - job.submitted),
-                )
+                age = now - job.submitted
+                result = job.verdict[1]
+                done = JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age)
+                tell_contained(listeners, done)
         facts = (batch.id, len(batch), batch.attempt, batch.trigger)
-        if error is None:
-            tell_contained(listeners, BatchCompleted(*facts, failed, now - began))
+        seconds = now - outcome.began
+        if outcome.error is None:
+            tell_contained(listeners, BatchCompleted(*facts, failed, seconds))
         else:
-            tell_contained(listeners, BatchFailed(*facts, error, now - began))
+            tell_contained(listeners, BatchFailed(*facts, outcome.error, seconds))
 
     # Recovery, after an exception from outside hit this thread's own lines.
 
@@ -358,6 +368,18 @@ def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:
         # `map` takes a StopIteration for its own end.
         error = RuntimeError("the processor raised StopIteration")
     return None, error
+
+
+def _report(batch: Batch[Any], outcome: Outcome, retried: int, delay: float) -> None:
+    """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
+    if retried:
+        cause = "single jobs failed" if outcome.error is None else type(outcome.error).__name__
+        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, retried, delay)
+    elif isinstance(outcome.error, OutcomeUnknown):
+        kind = type(outcome.error).__name__
+        _log.error("batch %s: the outcome of its %d jobs is unknown (%s)", batch.id, len(batch), kind)
+    if outcome.late:
+        _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, outcome.late)
 
 
 class _DeathWatch:
