@@ -1,0 +1,111 @@
+"""Connections of the user's: a callable's, or a pool's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg_pool import ConnectionPool
+
+from microbatch.errors import OutcomeUnknown
+from microbatch.protocols import Batch
+
+Source: TypeAlias = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
+
+
+class BorrowedConnections:
+    """One connection per batch out of *source*; nothing is opened, closed or cut here."""
+
+    def __init__(self, source: Source, kind: str = "a callable") -> None:
+        self._source = source
+        self._kind = kind
+        self._lent: dict[int, Batch[Any]] = {}  # by id() of the connection
+
+    def __str__(self) -> str:
+        return f"connections of {self._kind}"
+
+    @contextmanager
+    def lend(self, batch: Batch[Any]) -> Iterator[psycopg.Connection[Any]]:
+        """The batch's verdict stands, whatever the source's context manager does on its way out."""
+        verdict: BaseException | None = None
+        succeeded = False
+        try:
+            with self._source() as connection:
+                try:
+                    with self._alone(_checked(connection), batch):
+                        yield connection
+                except BaseException as error:
+                    verdict = error
+                    raise
+                succeeded = True
+        except BaseException as error:
+            if succeeded:
+                raise OutcomeUnknown(
+                    f"the connection's own context manager failed after batch {batch.id} was written"
+                    f" ({type(error).__name__}): it may have undone it or not",
+                    batch_id=batch.id,
+                ) from error
+            if verdict is None:
+                raise
+        # A context manager that swallows an error, or raises its own over it, must not turn "unknown" into
+        # "nothing was written", nor a failure into a success.
+        if verdict is not None:
+            raise verdict
+
+    @contextmanager
+    def _alone(self, connection: psycopg.Connection[Any], batch: Batch[Any]) -> Iterator[None]:
+        # Two batches on one connection share a transaction: the rollback of one takes the other's rows along.
+        # setdefault is one step under the interpreter's lock; a lock of ours could be inherited by a fork.
+        if self._lent.setdefault(id(connection), batch) is not batch:
+            raise RuntimeError(
+                "the callable gave a connection that another batch is using; give each call its own,"
+                " or leave max_concurrent_batches at 1"
+            )
+        try:
+            yield
+        finally:
+            del self._lent[id(connection)]
+
+    def open(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def abandon(self, batch: Batch[Any]) -> None:
+        """Nothing to do: a connection that is not ours is not ours to cut."""
+
+
+class PooledConnections(BorrowedConnections):
+    """A pool's connections, refused in a child of the process that opened the pool."""
+
+    def __init__(self, pool: ConnectionPool[Any]) -> None:
+        super().__init__(self._connection, "a pool")
+        self._pool = pool
+        self._opened_in: int | None = None
+        self._note_process()
+
+    def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+        self._note_process()
+        if self._opened_in not in (None, os.getpid()):
+            raise RuntimeError(
+                "this connection pool was opened before the fork: parent and child would read each other's"
+                " answers; open the pool in the process that uses it, or pass a connection string"
+            )
+        return self._pool.connection()
+
+    def _note_process(self) -> None:
+        if self._opened_in is None and not self._pool.closed:
+            self._opened_in = os.getpid()
+
+
+def _checked(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
+    if not isinstance(connection, psycopg.Connection):
+        raise TypeError(
+            f"the callable's context manager gave {type(connection).__qualname__}, not a psycopg.Connection;"
+            " with Django pass `lambda: contextlib.nullcontext(django.db.connection.connection)`"
+        )
+    return connection
