@@ -1,0 +1,147 @@
+"""The command `microbatch`.
+
+A command imports what it needs when it runs: `microbatch --help` needs no driver and no server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from microbatch._terminal import CommandError, Stopped
+
+_LOAD_HELP = """\
+Every row becomes a job of one INSERT statement, and rows are committed batch by
+batch: a load that stops half-way has written what it says it has.
+
+CSV has a header line that names the columns. Quoting is that of PostgreSQL's
+COPY: an unquoted empty field is NULL, "" is the empty string, and a quote inside
+a quoted field is doubled; a field is quoted as a whole or not at all. JSON lines
+hold one object each, all with the same keys: null is NULL, objects and arrays
+become JSON text. Rows that do not fit are refused, and the load goes on. A row that
+the server refuses fails its whole batch; every row of it is among the rejects.
+
+Exit status: 0 when every row was committed, 1 when some were not, 2 when the
+load could not start, 130 after Ctrl-C. The first Ctrl-C (or SIGTERM) stops
+reading and waits for the rows already handed over, the second one gives them up.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line *argv* (without the program's name) and return the exit status."""
+    arguments = _parser().parse_args(argv)
+    # psycopg warns of every pipeline that an error ends; what became of its rows is in the report.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    try:
+        return int(arguments.run(arguments))
+    except (CommandError, Stopped) as error:
+        text = f"stopped by {error}" if isinstance(error, Stopped) else str(error)
+        return _complain(arguments.command, text, error.status)
+    except ImportError as error:
+        return _complain(arguments.command, " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _complain(arguments.command, "stopped by Ctrl-C", 130)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from microbatch.demo import demo
+
+    return demo(dsn=arguments.dsn, threads=arguments.threads, seconds=arguments.seconds)
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from microbatch.load import LoadOptions, load
+
+    options = vars(arguments).copy()
+    del options["command"], options["run"]
+    return load(LoadOptions(**options))
+
+
+def _complain(command: str, text: str, status: int) -> int:
+    print(f"microbatch {command}: {text}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="microbatch", description="Micro-batching for PostgreSQL: try it, or load a file with it."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_demo(commands)
+    _add_load(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="compare one INSERT per request with microbatch",
+        description="Compare one INSERT per request with microbatch, on a server of its own. Takes about 20 seconds.",
+    )
+    demo.set_defaults(run=_demo)
+    option = demo.add_argument
+    option("--dsn", help="use this server instead, and a table that is dropped in the end")
+    option("--threads", type=_count, default=32, metavar="N", help="threads that submit (default: 32)")
+    option("--seconds", type=_seconds, default=5.0, metavar="S", help="measured time per side (default: 5)")
+
+
+def _add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    load = commands.add_parser(
+        "load",
+        help="load CSV or JSON lines into a table",
+        description="Load CSV or JSON lines into a table.",
+        epilog=_LOAD_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    load.set_defaults(run=_load)
+    option = load.add_argument
+    option("file", metavar="FILE", help="what to read; - is standard input")
+    option("--table", required=True, metavar="T", help="written as in SQL: orders, sales.orders, '\"Orders\"'")
+    option("--dsn", help="the server (default: $MICROBATCH_DSN, else libpq's PGHOST, PGDATABASE, ...)")
+    option("--rejects", metavar="FILE", help="gets every row that was not committed, with its error (JSON lines)")
+    _add_input_options(load.add_argument_group("input"))
+    _add_batch_options(load.add_argument_group("batches"))
+
+
+def _add_input_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
+    option("--format", choices=("csv", "jsonl"), help="default: by extension, else by the first character")
+    option("--null", metavar="TEXT", help="CSV: the unquoted field that is NULL (default: the empty one)")
+    option("--columns", type=_names, metavar="A,B", help="JSON: the keys (default: those of the first object)")
+    option("--encoding", default="utf-8", metavar="NAME", help="of FILE (default: utf-8)")
+
+
+def _add_batch_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
+    option("--max-batch-size", type=_count, default=1000, metavar="N", help="rows a transaction (default: 1000)")
+    option("--workers", type=_count, default=1, metavar="N", help="transactions at a time (default: 1)")
+    option(
+        "--delivery-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds until a row gives up, retries included (default: 60)",
+    )
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
