@@ -1,0 +1,61 @@
+"""One real PostgreSQL for the whole run, one fresh database for each test that asks for it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from microbatch.embedded import EmbeddedPostgres, _find_binaries
+from microbatch.errors import MissingExtra
+
+
+@pytest.fixture(scope="session")
+def binaries() -> None:
+    """Skips where no PostgreSQL can be had; there is no such excuse in CI."""
+    try:
+        _find_binaries()
+    except MissingExtra as error:
+        if os.environ.get("CI") or os.environ.get("MICROBATCH_CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgres | SimpleNamespace]:
+    """An `EmbeddedPostgres`, or of the server that `MICROBATCH_TEST_DSN` names only the `dsn`.
+
+    It trades durability for speed: a test that crashes a server and counts rows brings its own.
+    """
+    given = os.environ.get("MICROBATCH_TEST_DSN")
+    if given:
+        yield SimpleNamespace(dsn=given)
+        return
+    request.getfixturevalue("binaries")
+    with EmbeddedPostgres(
+        fsync="off", synchronous_commit="off", full_page_writes="off", shared_buffers="32MB"
+    ) as embedded:
+        yield embedded
+
+
+@pytest.fixture(scope="session")
+def dsn(server: EmbeddedPostgres | SimpleNamespace) -> str:
+    return server.dsn
+
+
+@pytest.fixture
+def database(dsn: str) -> Iterator[str]:
+    """The connection string of a database that only this test knows."""
+    name = f"microbatch_{uuid.uuid4().hex}"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    yield make_conninfo(dsn, dbname=name)
+    # A new connection, because the test may have restarted the server.
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
