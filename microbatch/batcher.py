@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import getpid
 from types import TracebackType
@@ -78,7 +78,7 @@ class MicroBatcher(Generic[J, R]):
 
     def __init__(
         self,
-        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Any],
+        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Sequence[R | Exception] | None],
         *,
         max_batch_size: int = 100,
         linger: float = 0.0,
@@ -123,11 +123,11 @@ class MicroBatcher(Generic[J, R]):
 
     @classmethod
     def from_env(
-        cls: type[Self],
-        processor: BatchProcessor[Any, Any] | Callable[[Batch[Any]], Any],
+        cls,
+        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Sequence[R | Exception] | None],
         prefix: str = "MICROBATCH_",
         **overrides: Any,
-    ) -> Self:
+    ) -> MicroBatcher[J, R]:
         """A batcher with options from the environment, such as `MICROBATCH_MAX_BATCH_SIZE=500`.
 
         The word `none` is None, an empty variable is unset; the retry policy's numbers are `…RETRY_MAX_ATTEMPTS`,
@@ -171,6 +171,8 @@ class MicroBatcher(Generic[J, R]):
         if submit_timeout is not _DEFAULT or delivery_timeout is not _DEFAULT or priority or job_id is not None:
             self._check(job_id, priority, submit_timeout, delivery_timeout)
             record = self._record(job, priority, delivery_timeout)
+            if job_id is not None:
+                record.future._job_id = job_id
             if submit_timeout is _DEFAULT:
                 submit_timeout = self._submit_timeout
         else:
@@ -291,7 +293,7 @@ class MicroBatcher(Generic[J, R]):
         core.check_process()
         core.close(NEVER if timeout is None else core.clock() + timeout)
         if cancel_futures:
-            self._cancel_all()
+            core.cancel_all()
         if not wait or core.on_own_thread():
             finish_without_threads(core)
         else:
@@ -310,12 +312,14 @@ class MicroBatcher(Generic[J, R]):
         """
         if listener is None:
             return lambda function: self.on(event_type, function)
+        self._core.check_process()
         with self._core.lock:
             self._core.listeners.add(event_type, listener)
         return listener
 
     def off(self, event_type: type[E], listener: Callable[[E], object]) -> None:
         """Stop calling *listener*, compared by equality; ValueError if it does not listen."""
+        self._core.check_process()
         with self._core.lock:
             self._core.listeners.remove(event_type, listener)
 
@@ -370,15 +374,6 @@ class MicroBatcher(Generic[J, R]):
     def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:
         if self._core.listeners.want(JobSubmitted):
             self._core.listeners.tell(JobSubmitted(job, future._job_id, priority))
-
-    def _cancel_all(self) -> None:
-        core = self._core
-        with core.lock:
-            queued = list(core.outstanding)
-        for sequence in queued:
-            core.cancel(sequence)
-        with core.lock:
-            core.give_up_retries()
 
     def _report(self) -> ShutdownReport:
         core = self._core

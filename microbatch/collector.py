@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .interpreter import CANCELLED
 from .job import QUEUED, WAITING, Job
 from .queues import Store
 
@@ -51,13 +50,13 @@ class Intake:
     rebuilt from it.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, outstanding: Mapping[int, Job]) -> None:
         self.store = store
+        self.outstanding = outstanding  # what is queued and not in it was never accepted, or has ended
         self.open: list[Job] = []
         self.heap: list[tuple[float, int, Job | Undecided]] = []
         self.dead = 0  # jobs that ended while they lay in the queue
-        self.rebuilt = False  # a job may lie in the queue twice
-        self.unnotified: list[Job] = []  # cancelled by a thread that was interrupted in the middle
+        self.doubles = not store.trusted  # a job may come out of the queue twice
 
     def wait_until(self, due: float, item: Job | Undecided) -> None:
         """Keep a job or an undecided batch until its due time."""
@@ -66,20 +65,24 @@ class Intake:
 
     def sweep(self) -> None:
         """Drop the dead from the queue."""
-        self.store.remove(lambda job: job.verdict is not None and not _unnotified(job))
-        self.dead = 0
+        self.dead = 0  # first: a stranger's queue that fails here is not asked again at once
+        self.store.remove(lambda job: job.verdict is not None)
 
     def rebuild(self, outstanding: Callable[[], list[Job]]) -> None:
         """Restore the order after an interruption at an unknown point."""
-        while self.store.take(1000):
-            pass
+        for _ in range(0, self.store.size(), 1000):
+            self.store.take(1000)
         self.open, self.heap, self.dead = [], [], 0
         # Asked for only now: what a finaliser submits meanwhile may be listed twice, never not at all.
-        self.rebuilt = True
+        self.doubles = True
         undecided: dict[int, Undecided] = {}
         for job in outstanding():
             if job.place == QUEUED:
-                self.store.put(job)
+                try:
+                    self.store.put(job)
+                except Exception:
+                    # Full: a job of the open batch had left the queue, and another one has its place there.
+                    self.open.append(job)
             elif job.place == WAITING and isinstance(job.undecided, Undecided):
                 undecided[id(job.undecided)] = job.undecided
             elif job.place == WAITING:
@@ -108,7 +111,8 @@ def collect_batch(
     if trigger is None:
         oldest = min(job.submitted for job in intake.open)
         return Wait(min(due, oldest + linger), max_batch_size - len(intake.open))
-    jobs, intake.open = intake.open, []
+    # A stranger's queue may have given more than it was asked for.
+    jobs, intake.open = intake.open[:max_batch_size], intake.open[max_batch_size:]
     return Collected(jobs, trigger)
 
 
@@ -131,24 +135,21 @@ def _pop_due(intake: Intake, now: float, max_batch_size: int) -> Undecided | Non
 def _fill(intake: Intake, now: float, max_batch_size: int) -> None:
     """Top the open batch up with living jobs; one past its deadline is left to the supervisor."""
     intake.open = _living(intake, intake.open, now)
-    while len(intake.open) < max_batch_size:
+    # A stranger's queue is asked for no more than it says it has: one that never gets empty would keep the lock.
+    left = NEVER if intake.store.trusted else intake.store.size()
+    while len(intake.open) < max_batch_size and left > 0:
         taken = intake.store.take(max_batch_size - len(intake.open))
         if not taken:
             return
+        left -= len(taken)
         intake.open += _living(intake, taken, now)
-        if intake.rebuilt:
+        if intake.doubles:
             intake.open = list(dict.fromkeys(intake.open))
 
 
 def _living(intake: Intake, jobs: list[Job], now: float) -> list[Job]:
-    living = [job for job in jobs if job.verdict is None and job.place == QUEUED and job.deadline > now]
-    if len(living) < len(jobs):
-        intake.unnotified += filter(_unnotified, jobs)
-    return living
-
-
-def _unnotified(job: Job) -> bool:
-    return getattr(job.future, "_state", None) == CANCELLED
+    outstanding = intake.outstanding
+    return [job for job in jobs if job.sequence in outstanding and job.place == QUEUED and job.deadline > now]
 
 
 def _trigger(

@@ -15,7 +15,9 @@ list of jobs in flight and the supervisor's list of owed futures survive an inte
 Rules for code under the lock. It is re-entrant, so that a finaliser may submit from inside it: only single
 operations of C types on shared structures, no iteration over a dict that may grow, no I/O, no stranger's code (a
 foreign queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no backward jump, for these
-are the places where CPython runs signal handlers, finalisers and injected exceptions.
+are the places where CPython runs signal handlers, finalisers and injected exceptions. A loop stands in a function of its own, not in
+the `with`: where a condition ends it, Python 3.12 and 3.13 let an exception out at the jump back without a release
+(python/cpython#108214; a test finds such loops).
 """
 
 from __future__ import annotations
@@ -62,6 +64,16 @@ CANCELLED_VERDICT: Verdict = (CANCELLED, None, None)
 cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
+def living_cores() -> list[Core]:
+    """What is in `cores` now, from any thread."""
+    while True:
+        try:
+            return list(cores)
+        except RuntimeError:
+            # Another thread made a batcher in the middle of the list.
+            pass
+
+
 class Processor:
     """The user's processor with its optional methods looked up once."""
 
@@ -105,6 +117,7 @@ class Core:
         self.clock = clock
         self.listeners = Listeners()
         self.closed = False
+        self.inline = False  # one thread does everything: `testing.InlineBatcher`
         self._new_store = new_store
         self._start = start
         self._reset()
@@ -115,7 +128,7 @@ class Core:
         self.lock = threading.RLock()
         self.outstanding: dict[int, Job] = {}
         self.sequence = itertools.count(1)
-        self.intake = Intake(self._new_store())
+        self.intake = Intake(self._new_store(), self.outstanding)
         # Bound here for `admit`, which runs for every job.
         self.put = self.intake.store.put
         self.bound = options.max_outstanding
@@ -132,11 +145,13 @@ class Core:
         self.workers: list[Any] = []
         self.supervisor: Any = None
         self.ready = False  # every thread has claimed its place
+        self.short = False  # one of them died since
         self.touched = False  # the processor was opened or called, so it is to be closed
         self.own: set[int] = set()  # idents of the threads that must not wait for themselves
-        self.owed: list[Job] = []  # ended by the supervisor, futures not concluded yet
+        # Ended by no worker. False: the future is to be concluded; True: callbacks and events are still to come.
+        self.owed: dict[Job, bool] = {}
+        self.teller: Any = None  # the thread that runs those
         self.flushed = 0
-        self.telling = 0  # threads that still run callbacks or listeners for ended jobs
         self.abandon_at: float = NEVER
         self.undelivered: list[Any] = []
         self.finishing = self.finished = False
@@ -149,12 +164,12 @@ class Core:
     def admit(self, job: Job, submit_timeout: float, job_id: str | None) -> JobFuture[Any]:
         """Accept *job*, waiting for a place if need be; a taken *job_id* gives the future it has."""
         with self.lock:
+            if self.closed:
+                raise BatcherClosed("the batcher is shut down: the job was not accepted")
             if job_id is not None:
                 taken = self.registry.taken(job_id, job.submitted)
                 if taken is not None:
                     return taken
-            if self.closed:
-                raise BatcherClosed("the batcher is shut down: the job was not accepted")
             if len(self.outstanding) < self.bound:
                 sequence = next(self.sequence)
                 future: JobFuture[Any] = job.future
@@ -196,7 +211,7 @@ class Core:
         """Under the lock. True when accepted, None when *job_id* was taken meanwhile, False when there is no room."""
         if job_id is not None and self.registry.taken(job_id, self.clock()) is not None:
             return None
-        if len(self.outstanding) + len(jobs) > self.bound:
+        if len(self.outstanding) + len(jobs) > self.bound or not self.intake.store.fits(len(jobs)):
             return False
         accepted = {}
         try:
@@ -207,6 +222,8 @@ class Core:
                 self.put(job)
                 accepted[job.sequence] = job
         except queue.Full:
+            # Those that went in lie there without being outstanding, and may be put again.
+            self.intake.doubles = True
             return False
         self.outstanding.update(accepted)
         if job_id is not None:
@@ -220,7 +237,7 @@ class Core:
         waiter = (need, token)
         nested = self.lock._is_owned()  # type: ignore[attr-defined]
         may_wait = timeout > 0 and self.options.when_full == "block" and not nested and not self.on_own_thread()
-        woken = False
+        in_line = False
         try:
             while True:
                 with self.lock:
@@ -228,19 +245,23 @@ class Core:
                         raise BatcherClosed("the batcher is shut down: the job was not accepted")
                     accepted = accept()
                     if accepted is not False:
+                        # Not left to `finally`: an interruption there would leave a place kept for nobody.
+                        self._unblock(waiter)
                         return accepted is not None
                     left = give_up - self.clock()
                     if not may_wait or left <= 0:
                         self.counters.rejected += need
                         raise QueueFull(self._full_message(need, timeout if may_wait else 0.0))
-                    # Who was woken and found its place taken keeps its turn.
-                    (self.blocked.appendleft if woken else self.blocked.append)(waiter)
+                    if not in_line:
+                        self.blocked.append(waiter)
+                        in_line = True
+                    if self.intake.dead and len(self.outstanding) + need <= self.bound:
+                        # The queue's own bound: the dead in it give up their places only when they are swept.
+                        self.ring_supervisor()
                 try:
                     token.get(timeout=left)
-                    woken = True
                 except queue.Empty:
-                    with self.lock:
-                        self._unblock(waiter)
+                    pass
         finally:
             # A wake-up that this thread cannot use any more is passed on.
             with self.lock:
@@ -255,21 +276,23 @@ class Core:
 
     def _full_message(self, need: int, waited: float) -> str:
         waits = f" for {waited:g} s" if waited else ""
+        by_queue = len(self.outstanding) + need <= self.bound
         return (
             f"no room for {need} more job{'s' if need > 1 else ''}{waits}: {len(self.outstanding)} outstanding of "
-            f"max_outstanding={self.bound}; nothing was accepted. Slow down, or raise the bound"
+            f"max_outstanding={self.bound}{', and the queue has a bound of its own' if by_queue else ''}; "
+            "nothing was accepted. Slow down, or raise the bound"
         )
 
     def wake_blocked(self) -> None:
-        """Under the lock: wake as many blocked submitters as have room."""
+        """Under the lock: wake the first blocked submitters that have room. They keep their turn until they took it."""
         if not self.blocked:
             return
         free = self.bound - len(self.outstanding)
-        for waiter in list(self.blocked):
-            if waiter[0] <= free:
-                free -= waiter[0]
-                self._unblock(waiter)
-                waiter[1].put(None)
+        for need, token in list(self.blocked):
+            if need <= free:
+                free -= need
+                if token.empty():
+                    token.put(None)
 
     # Wake-ups. Under the lock.
 
@@ -289,18 +312,13 @@ class Core:
         """Under the lock: give *job* its one outcome; False if it has one."""
         if job.verdict is not None:
             return False
+        status, counters = verdict[0], self.counters
         # Uninterrupted from here: verdict, count and slot change together.
         job.verdict = verdict
-        status = verdict[0]
-        counters = self.counters
-        if status is COMPLETED:
-            counters.completed += 1
-        elif status is FAILED:
-            counters.failed += 1
-        elif status is CANCELLED:
-            counters.cancelled += 1
-        else:
-            counters.unknown += 1
+        counters.completed += status is COMPLETED
+        counters.failed += status is FAILED
+        counters.cancelled += status is CANCELLED
+        counters.unknown += status is UNKNOWN
         del self.outstanding[job.sequence]
         job_id = job.future._job_id
         if job_id is not None:
@@ -330,24 +348,40 @@ class Core:
             self.ring_worker()
             self.ring_supervisor()
 
-    def cancel(self, sequence: int) -> bool:
+    def cancel(self, future: JobFuture[Any], sequence: int) -> bool:
         """End a job that no worker has, for its future's `cancel`; False if it is too late."""
         self.check_process()
+        job: Job | None = None
+        try:
+            with self.lock:
+                job = self._job_of(future, sequence)
+                if job is None or job.place != QUEUED or job.attempts:
+                    return False
+                self.end(job, CANCELLED_VERDICT)
+                job.future._mark_cancelled()
+                self._buried()
+                self.after_ends()
+            conclude(job)
+            job.future._run_callbacks()
+        except BaseException:
+            # Whoever waits for the job must not suffer from a Ctrl-C in here: the supervisor does the rest.
+            if job is not None and job.verdict is CANCELLED_VERDICT:
+                self.owe(job)
+            raise
+        self._tell_cancelled(job)
+        job.payload = None
+        return True
+
+    def owe(self, job: Job) -> None:
+        """Leave the rest of an end to the supervisor."""
         with self.lock:
-            job = self.outstanding.get(sequence)
-            if job is None or job.place != QUEUED or job.attempts:
-                return False
-            job.future._mark_cancelled()
-            self.end(job, CANCELLED_VERDICT)
-            self._buried()
-            self.after_ends()
-        conclude(job)
-        job.future._invoke_callbacks()
-        payload, job.payload = job.payload, None
+            self.owed[job] = False
+            self.ring_supervisor()
+
+    def _tell_cancelled(self, job: Job) -> None:
         if self.listeners.want(JobCancelled):
             age = self.clock() - job.submitted
-            self.listeners.tell(JobCancelled(payload, job.future._job_id, age))
-        return True
+            self.listeners.tell(JobCancelled(job.payload, job.future._job_id, age))
 
     def _buried(self) -> None:
         """Under the lock: one more dead job lies in the queue; the supervisor sweeps when they outnumber the living."""
@@ -359,7 +393,7 @@ class Core:
         """Under the lock: end those of *jobs* whose deadline has passed."""
         ended = [job for job in jobs if job.deadline <= now and job.verdict is None]
         # Owed first: an interruption must not leave a job with a verdict that nobody concludes.
-        self.owed += ended
+        self.owed.update(dict.fromkeys(ended, False))
         for job in ended:
             self.end(job, _failure(self._deadline_error(job)))
             if job.place == QUEUED:
@@ -389,7 +423,7 @@ class Core:
         """Under the lock, past the deadline of `shutdown`: end everything that is left, and keep it for the report."""
         for job in list(self.outstanding.values()):
             self.undelivered.append(job.payload)
-            self.owed.append(job)
+            self.owed[job] = False
             if job.place == HANDED_OVER or job.undecided is not None:
                 error: BaseException = OutcomeUnknown(
                     "the batcher's shutdown timed out while the processor held the job",
@@ -400,10 +434,18 @@ class Core:
             self.end(job, _failure(_caused(error, job.error)))
         self.after_ends()
 
-    def give_up_retries(self) -> None:
-        """Under the lock, for `shutdown(cancel_futures=True)`: end what waits for another attempt."""
-        for job in list(self.outstanding.values()):
-            if job.attempts and job.place in (WAITING, QUEUED):
+    def cancel_all(self) -> None:
+        """For `shutdown(cancel_futures=True)`: end what no worker has. Callbacks may block, and so run elsewhere."""
+        with self.lock:
+            for job in list(self.outstanding.values()):
+                if job.place not in (WAITING, QUEUED):
+                    continue
+                self.owed[job] = False
+                if not job.attempts:
+                    self.end(job, CANCELLED_VERDICT)
+                    job.future._mark_cancelled()
+                    self._buried()
+                    continue
                 if job.undecided is not None:
                     error: BaseException = OutcomeUnknown(
                         "the batcher was shut down before the fate of the job's batch was known",
@@ -411,10 +453,9 @@ class Core:
                     )
                 else:
                     error = BatcherClosed("the batcher was shut down before another attempt; the job left no trace")
-                self.owed.append(job)
                 self.end(job, _failure(_caused(error, job.error)))
-        self.after_ends()
-        self.ring_supervisor()
+            self.after_ends()
+            self.ring_supervisor()
 
     def batch_of(self, job: Job) -> str | None:
         """The id of the batch that holds *job*, for its error."""
@@ -428,44 +469,88 @@ class Core:
     def settle_owed(self) -> bool:
         """On the supervisor: conclude the futures it ended; False if one must be tried again."""
         with self.lock:
-            owed = [job for job in self.owed if job.verdict is not None]
-        told = {job: None for job in owed if conclude(job, blocking=False) is not None}
-        with self.lock:
-            self.owed = [job for job in self.owed if job not in told and job.verdict is not None]
-            self.telling += bool(told)
-        if told:
-            self._tell_apart(list(told))
-        return not self.owed
+            owed = self._unconcluded()
+        settled = True
+        for job in owed:
+            if conclude(job, blocking=False) is None:
+                settled = False
+            else:
+                self.owed[job] = True
+        self._tell_apart()
+        return settled
 
-    def _tell_apart(self, jobs: list[Job]) -> None:
-        """Run callbacks and listeners of jobs that the supervisor ended on a thread of their own: they may block."""
-        if not any(job.future._done_callbacks for job in jobs) and not self.listeners.want(JobFailed):
-            self._tell(jobs)
-            return
-        try:
-            threading.Thread(
-                target=self._tell, args=(jobs,), name=f"{self.options.name}-callbacks", daemon=True
-            ).start()
-        except RuntimeError:
-            # No more threads: late callbacks are better than none.
-            self._tell(jobs)
+    def _unconcluded(self) -> list[Job]:
+        owed = []
+        for job, concluded in list(self.owed.items()):
+            if job.verdict is None:
+                del self.owed[job]  # interrupted before its end
+            elif not concluded:
+                owed.append(job)
+        return owed
 
-    def _tell(self, jobs: list[Job]) -> None:
-        ident = threading.get_ident()
-        borrowed = ident in self.own
-        self.own.add(ident)
-        try:
-            for job in jobs:
-                run_callbacks(job.future)
-            for job in jobs:
-                self.tell_failed(job, None)
+    def _tell_apart(self) -> None:
+        """Have callbacks and listeners of jobs that no worker ended run on a thread of their own: they may block."""
+        heard = self.listeners.want(JobFailed, JobCancelled)
+        loud = False
+        for job, concluded in list(self.owed.items()):
+            if concluded and not heard and not job.future._done_callbacks:
                 job.payload = None
+                self.owed.pop(job, None)
+            elif concluded:
+                loud = True
+        if loud and (self.teller is None):
+            try:
+                if self.inline:
+                    raise RuntimeError
+                threading.Thread(target=self._tell_owed, name=f"{self.options.name}-callbacks", daemon=True).start()
+            except RuntimeError:
+                # No more threads: late callbacks are better than none.
+                self._tell_owed()
+
+    def _tell_owed(self) -> None:
+        """That thread's function; a second one leaves at once."""
+        ident = threading.get_ident()
+        with self.lock:
+            if self.teller is not None:
+                return
+            self.teller = threading.current_thread()
+            borrowed = ident in self.own
+            self.own.add(ident)
+        try:
+            self._tell_all_owed()
         finally:
             if not borrowed:
                 self.own.discard(ident)
             with self.lock:
-                self.telling -= 1
+                if self.teller is threading.current_thread():
+                    self.teller = None
                 self.ring_supervisor()
+
+    def _tell_all_owed(self) -> None:
+        while untold := self._untold():
+            for job in untold:
+                run_callbacks(job.future)
+                if job not in self.owed:
+                    return  # a child forked inside a callback: what is left is its parent's
+                self._tell_end(job)
+                job.payload = None
+                self.owed.pop(job, None)
+
+    def _untold(self) -> list[Job]:
+        with self.lock:
+            untold = _concluded(list(self.owed.items()))
+            if not untold:
+                self.teller = None  # under the lock, so that what comes now gets a new one
+            return untold
+
+    def _tell_end(self, job: Job) -> None:
+        if job.verdict is not CANCELLED_VERDICT:
+            self.tell_failed(job, None)
+            return
+        try:
+            self._tell_cancelled(job)
+        except KeyboardInterrupt:
+            _log.exception("a listener failed on JobCancelled")
 
     def tell_failed(self, job: Job, batch_id: str | None) -> None:
         error = job.verdict[2] if job.verdict is not None else None
@@ -488,13 +573,19 @@ class Core:
         return future
 
     def remember(self, future: JobFuture[Any], sequence: int) -> None:
+        self.check_process()
         with self.lock:
             job_id = future._job_id
             assert job_id is not None
-            if sequence in self.outstanding:
+            if self._job_of(future, sequence) is not None:
                 self.registry.live[job_id] = future
             else:
                 self.registry.finish(job_id, future, self.clock())
+
+    def _job_of(self, future: JobFuture[Any], sequence: int) -> Job | None:
+        """Under the lock: the outstanding job of *future*. After a fork its number may be another job's."""
+        job = self.outstanding.get(sequence)
+        return job if job is not None and job.future is future else None
 
     def before_wait(self, unbounded: bool) -> None:
         self.check_process()
@@ -546,14 +637,18 @@ class Core:
 
     def close(self, abandon_at: float = NEVER) -> None:
         """Stop acceptance and wake everybody; safe in a finaliser."""
+        self.check_process()
         with self.lock:
             self.closed = True
             if abandon_at < self.abandon_at:
                 self.abandon_at = abandon_at
             self.ring_worker()
             self.ring_supervisor()
-            while self.blocked:
-                self.blocked.popleft()[1].put(None)
+            self._unblock_all()
+
+    def _unblock_all(self) -> None:
+        while self.blocked:
+            self.blocked.popleft()[1].put(None)
 
     def flush_open_batch(self) -> list[JobFuture[Any]]:
         with self.lock:
@@ -581,7 +676,12 @@ class Core:
                 error = ForkedError("this future was inherited through fork(); the parent process owns its job")
                 job.verdict = (UNKNOWN, None, error)
                 job.future._orphan(error)
+            elif job.future._done_callbacks:
+                # In place: this thread may be in the middle of them, if one of them forked.
+                job.future._done_callbacks.clear()
+        finished = self.finished
         self._reset()
+        self.finishing = self.finished = finished
 
     def start_threads(self) -> None:
         """Called before acceptance and outside every lock: a thread that cannot start means not accepted."""
@@ -590,7 +690,50 @@ class Core:
     def threads_ready(self) -> None:
         """Under the lock, by a thread that has claimed its place."""
         full = len(self.workers) >= self.options.max_concurrent_batches
-        self.ready = full and self.supervisor is not None
+        self.ready = full and self.supervised()
+
+    def supervised(self) -> bool:
+        return self.supervisor is not None and not self.supervisor.gone
+
+    def replace_dead(self) -> None:
+        """By a thread of this batcher, outside every lock, when `short` says that another one died."""
+        self.short = False
+        if not self.finished:
+            try:
+                self.start_threads()
+            except RuntimeError:
+                _log.exception("no thread can be started in the place of a dead one; jobs end at their deadlines")
+
+
+class DeathWatch:
+    """Lies among a thread's arguments, so that the others learn of its end, however it ends.
+
+    The thread reports last thing. Where even that is interrupted the watch reports when it is dropped, which may
+    be late: an exception that somebody keeps holds the thread's frames. `Thread.is_alive` is no help: it is true for
+    a moment longer, and before 3.13 an interruption in it makes a living thread look dead for ever.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.holder: Any = None  # the worker or the supervisor
+        self.left = False  # of its own accord
+
+    def report(self) -> None:
+        core = self.core
+        if self.holder is not None:
+            self.holder.gone = True
+        if not self.left:
+            self.left = True
+            core.short = True
+            core.ready = False
+            core.alarm.put(None)
+            core.bell.put(None)
+
+    __del__ = report
+
+
+def _concluded(owed: list[tuple[Job, bool]]) -> list[Job]:
+    return [job for job, concluded in owed if concluded]
 
 
 def _failure(error: BaseException) -> Verdict:
@@ -615,7 +758,7 @@ def conclude(job: Job, blocking: bool = True) -> bool | None:
 def run_callbacks(future: JobFuture[Any]) -> None:
     """On the batcher's own threads nothing passes, a KeyboardInterrupt neither."""
     try:
-        future._invoke_callbacks()
+        future._run_callbacks()
     except KeyboardInterrupt:
         _log.exception("exception calling a callback for %r", future)
 
@@ -635,7 +778,11 @@ def _after_fork_in_child() -> None:
     global _fork_lock
     _fork_lock = threading.RLock()
     for core in list(cores):
-        core.forget_parent()
+        try:
+            core.forget_parent()
+        except Exception:
+            # A queue factory failed; `check_process` tries again at the next use.
+            _log.exception("%s cannot be used in this forked process yet", core.options.name)
 
 
 if hasattr(os, "register_at_fork"):

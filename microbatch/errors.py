@@ -45,6 +45,8 @@ class OutcomeUnknown(MicrobatchError):
         batch_id: the `id` of the batch that held the job, where there was one.
     """
 
+    batch_id: str | None = None  # for a subclass whose `__init__` forgets this one
+
     def __init__(self, *args: object, batch_id: str | None = None) -> None:
         super().__init__(*args)
         self.batch_id = batch_id

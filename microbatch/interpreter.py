@@ -3,12 +3,14 @@
 ===============================================  =======================================  ========================
 private thing                                    why                                      fall-back
 ===============================================  =======================================  ========================
-attributes and states of `Future` (see below)    a `Condition` nobody waits on is half    `JobFuture` keeps what it
-                                                 of a future's price                      inherits
+attributes and states of `Future` (see below),   a `Condition` nobody waits on is half    `JobFuture` keeps what it
+`event` and `finished_futures` of its waiters    of a future's price                      inherits
 `threading._register_atexit`                     runs in `multiprocessing` children, and  `multiprocessing.util.
                                                  before threads can no longer be started  Finalize`
-`_is_owned`, `_release_save`,                    a condition that *is* its lock is        a stdlib `Condition`
-`_acquire_restore` of the C `RLock`              entered in C
+`_is_owned`, `_release_save` (by any thread),    a future that an interrupted `wait`      a stdlib `Condition`
+`_acquire_restore` of the C `RLock`,             left locked would hang the worker
+`sys._getframe`, `sys._current_frames`,
+`_waiters` of a `Condition`
 ===============================================  =======================================  ========================
 
 `tests/test_interpreter.py` fails on an interpreter that changes one of them.
@@ -16,10 +18,14 @@ attributes and states of `Future` (see below)    a `Condition` nobody waits on i
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import compress
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 PENDING = "PENDING"
@@ -52,32 +58,152 @@ _RLock: Any = type(threading.RLock())
 
 
 def rlock_is_known() -> bool:
-    """Whether the interpreter's `RLock` is the C type that a `Condition` can borrow from."""
-    return _RLock.__module__ == "_thread" and all(
-        hasattr(_RLock, name) for name in ("_is_owned", "_release_save", "_acquire_restore")
+    """Whether the interpreter's `RLock` is the C type that a `Condition` can borrow from, and stacks can be read."""
+    methods = ("_is_owned", "_release_save", "_acquire_restore")
+    return (
+        _RLock.__module__ == "_thread"
+        and all(hasattr(_RLock, name) for name in methods)
+        and all(hasattr(sys, name) for name in ("_getframe", "_current_frames"))
     )
 
+
+# Who finds the condition locked looks again after so many seconds whether it is still locked for somebody.
+_ROUND = 0.05
+_acquire, _exit = _RLock.acquire, _RLock.__exit__
 
 if TYPE_CHECKING or not rlock_is_known():
     FutureCondition = threading.Condition
 else:
 
     class FutureCondition(_RLock):  # type: ignore[no-redef]
-        """A `Condition` that is its own lock.
+        """A `Condition` that comes free when the function calls that locked it are over.
 
-        The stdlib's `Condition` is entered by a Python function: an exception raised there by a signal
-        handler loses the lock for ever, and with it the worker that resolves the future. This one is entered in C.
+        `concurrent.futures.wait` and `as_completed` lock one future after the other, in Python code. An exception
+        raised there by a signal handler leaves some locked for ever, and would hang the worker that resolves them.
         """
 
-        __slots__ = ("_waiters",)
+        __slots__ = ("_holds", "_waiters")
 
         def __init__(self) -> None:
-            self._waiters: deque[Any] = deque()
+            self._waiters: list[Any] = []
+            # The running call that it is locked for, once for each time; the object tells two of them apart.
+            self._holds: list[tuple[FrameType, object]] = []
+
+        def acquire(self, blocking: bool = True) -> bool:
+            hold, holds = (_caller(sys._getframe(1)), object()), self._holds
+            # Locked and noted inside one call of C: no exception from outside gets in between.
+            holds.extend(compress((hold,), map(_acquire, (self,), (False,))))
+            return hold in holds or self._acquire_slowly(hold, blocking)
+
+        def release(self, *exc_info: object) -> None:
+            if not self._is_owned():
+                raise RuntimeError("cannot release un-acquired lock")
+            # Struck out and released likewise.
+            deque(map(_exit, (self,), map(self._holds.pop, (-1,))), 0)
+
+        __enter__ = acquire
+        __exit__ = release
 
         wait = threading.Condition.wait
         wait_for = threading.Condition.wait_for
         notify = threading.Condition.notify
         notify_all = threading.Condition.notify_all
+
+        def _acquire_slowly(self, hold: tuple[FrameType, object], blocking: bool) -> bool:
+            holds, timeout = self._holds, _ROUND if blocking else -1
+            while hold not in holds and (self._free_if_lost() or blocking):
+                holds.extend(compress((hold,), map(_acquire, (self,), (blocking,), (timeout,))))
+            return hold in holds
+
+        def _free_if_lost(self) -> bool:
+            holds = self._holds[:]
+            if not holds or any(_runs(call) for call, _ in holds):
+                return False
+            try:
+                # Nothing can happen between the comparison and the release, so nobody else's hold is lost.
+                if self._holds == holds:
+                    self._release_save()
+                    for hold in holds:
+                        self._holds.remove(hold)
+            except RuntimeError:
+                pass  # Another thread has freed it.
+            return True
+
+
+def _caller(frame: FrameType) -> FrameType:
+    """For whom *frame* locks: an `__enter__` does it for the function with the `with`."""
+    while frame.f_code.co_name == "__enter__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _runs(call: FrameType) -> bool:
+    """Whether some thread is inside *call*; True where that cannot be said just now."""
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame is call:
+                return True
+            last, frame = frame, frame.f_back
+        if last.f_code.co_flags & _GENERATOR:
+            # It has stopped while the stack was read, and no longer tells who called it.
+            return True
+    return False
+
+
+class Bell:
+    """An `Event` that an interrupt cannot break: `set` never blocks.
+
+    The stdlib's is entered through a Python function, and an exception raised there by a signal handler leaves it
+    locked for ever, and with it the worker that sets it.
+    """
+
+    __slots__ = ("_rung", "sleepers")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self.sleepers: list[Any] = []
+
+    def is_set(self) -> bool:
+        return self._rung
+
+    def set(self) -> None:
+        self._rung = True
+        for sleeper in self.sleepers[:]:
+            try:
+                sleeper.release()
+            except RuntimeError:
+                pass  # woken already
+
+    def clear(self) -> None:
+        self._rung = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        # Listed first, looked at second: whoever rings later finds it.
+        self.sleepers.append(sleeper)
+        try:
+            if self._rung or timeout is None:
+                return self._rung or sleeper.acquire()
+            return sleeper.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+        finally:
+            try:
+                self.sleepers.remove(sleeper)
+            except ValueError:
+                pass
+
+
+class Waiters(list[Any]):
+    """The calls of `wait` and `as_completed` that wait for a future: each gets a `Bell` for its `Event`."""
+
+    def append(self, waiter: Any) -> None:
+        if type(waiter.event) is threading.Event:
+            waiter.event = Bell()
+        super().append(waiter)
 
 
 def call_before_threads_end(function: Callable[[], None]) -> None:
@@ -93,3 +219,9 @@ def call_before_threads_end(function: Callable[[], None]) -> None:
     except RuntimeError:
         # The interpreter is going down already; the ordinary atexit hook is what is left.
         pass
+
+
+def in_multiprocessing_child() -> bool:
+    """Whether this process may end without `atexit`, as the forked ones do."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None

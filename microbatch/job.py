@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from .errors import OutcomeUnknown
@@ -18,7 +19,9 @@ from .interpreter import (
     FINISHED,
     PENDING,
     RUNNING,
+    Bell,
     FutureCondition,
+    Waiters,
     future_is_known,
 )
 
@@ -90,7 +93,7 @@ class Job:
 class Owner(Protocol):
     """What a future asks of the batcher it belongs to."""
 
-    def cancel(self, sequence: int) -> bool:
+    def cancel(self, future: JobFuture[Any], sequence: int) -> bool:
         """Cancel the job if it is still queued."""
 
     def remember(self, future: JobFuture[Any], sequence: int) -> None:
@@ -116,8 +119,10 @@ class _LateCondition:
     def __get__(self, future: JobFuture[Any] | None, owner: type | None = None) -> Any:
         if future is None:
             return self
-        condition, state = FutureCondition(), future.__dict__
-        waiters: list[Any] = []
+        condition: Any = FutureCondition()
+        waiters, state = Waiters(), future.__dict__
+        # Who notifies the condition wakes those in `result` too.
+        condition._waiters = state.setdefault("_bell", Bell()).sleepers
         with _births:
             if future._waiters is None:
                 state["_condition"] = condition
@@ -141,6 +146,8 @@ class JobFuture(Future[R]):
     _waiters: Any = None  # until the condition is built
     _done_callbacks: Any = None
     _untold: list[Any] | None = None
+    _being_told: Any = None
+    _bell: Bell | None = None  # until somebody waits in `result` or `exception`
     _owner: Owner | None = None
     _sequence = 0
     _job_id: str | None = None
@@ -175,8 +182,11 @@ class JobFuture(Future[R]):
     def cancel(self) -> bool:
         """Take the job back if no worker has it yet; True means that it is never handed to the processor."""
         if self._owner is None:
-            return super().cancel()
-        return self._owner.cancel(self._sequence) or self.cancelled()
+            try:
+                return super().cancel()
+            finally:
+                self._ring()
+        return self._owner.cancel(self, self._sequence) or self.cancelled()
 
     # What follows, up to the marker, replaces methods of `Future` that would build the condition. Where the guard
     # does not know the interpreter's `Future` they are removed again and the inherited ones remain.
@@ -225,22 +235,20 @@ class JobFuture(Future[R]):
     def _wait(self, timeout: float | None) -> bool:
         if self._owner is not None:
             self._owner.before_wait(unbounded=timeout is None)
-        condition = self._condition
-        with condition:
-            if self._state not in _OVER:
-                condition.wait(timeout)
-        return self._state in _OVER
+        # Hung up first, looked at second: whoever ends the future later finds it.
+        bell = self.__dict__.setdefault("_bell", Bell())
+        return self._state in _OVER or bell.wait(timeout) or self._state in _OVER
 
     def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
         """Have *fn* called with the future when it is done, once; its exceptions are logged.
 
         Runs on a thread of the batcher; at once on this thread if the future is done already.
         """
-        # Appended first, looked at second: whoever pops the callback runs it, so it runs exactly once
+        # Listed first, looked at second: whoever takes the callback out runs it, so it runs exactly once
         # without a lock.
-        self.__dict__.setdefault("_done_callbacks", []).append(fn)
+        self.__dict__.setdefault("_done_callbacks", {})[object()] = fn
         if self._state in _OVER:
-            self._invoke_callbacks()
+            self._run_callbacks()
 
     def set_result(self, result: R) -> None:
         self._set(result, None)
@@ -251,7 +259,7 @@ class JobFuture(Future[R]):
     def _set(self, result: R | None, exception: BaseException | None) -> None:
         if self._state in _OVER or not self._conclude(FINISHED, result, exception):
             raise InvalidStateError(f"{self._state}: {self!r}")
-        self._invoke_callbacks()
+        self._run_callbacks()
 
     def __repr__(self) -> str:
         state, answer = self._state, ""
@@ -261,23 +269,26 @@ class JobFuture(Future[R]):
             answer = f" returned {type(self._result).__name__}"
         return f"<{type(self).__name__} at {id(self):#x} state={_STATE_WORDS[state]}{answer}>"
 
-    def _invoke_callbacks(self) -> None:
+    def _run_callbacks(self) -> None:
         callbacks = self._done_callbacks
         interrupt = None
         while callbacks:
-            try:
-                callback = callbacks.pop(0)
-            except IndexError:
-                break
-            try:
-                callback(self)
-            except KeyboardInterrupt as exc:
-                # On a caller's thread this may be a real Ctrl-C; the other callbacks get their turn first.
-                interrupt = exc
-            except BaseException:
-                _log.exception("exception calling callback for %r", self)
+            for key in list(callbacks):
+                try:
+                    _take_and_call(callbacks, key, self)
+                except KeyboardInterrupt as exc:
+                    # On a caller's thread this may be a real Ctrl-C; the other callbacks get their turn first.
+                    interrupt = exc
+                except BaseException:
+                    _log.exception("exception calling callback for %r", self)
         if interrupt is not None:
             raise interrupt
+
+    _invoke_callbacks = _run_callbacks
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.set()
 
     # The library's own side. The first three are plain stores, made under the batcher's lock.
 
@@ -296,13 +307,15 @@ class JobFuture(Future[R]):
         lock. Idempotent: after an interruption, calling it again wakes whoever was not woken.
         """
         with _births:
-            if self._waiters is None:
-                if self._state in _CONCLUDED:
-                    return False
+            late = self._waiters is None
+            fresh = self._state not in _CONCLUDED
+            if late and fresh:
                 self._result = result
                 self._exception = exception
                 self._state = state
-                return True
+        if late:
+            self._ring()
+            return fresh
         condition = self._condition
         if not condition.acquire(blocking):
             return None
@@ -314,9 +327,9 @@ class JobFuture(Future[R]):
                 self._result = result
                 self._exception = exception
                 self._state = state
-            condition.notify_all()
         finally:
             condition.release()
+        self._ring()
         self._tell()
         return fresh
 
@@ -324,36 +337,56 @@ class JobFuture(Future[R]):
         untold = self._untold
         while untold:
             waiter = untold[-1]
-            if self not in waiter.finished_futures:
-                if self._state == CANCELLED_AND_NOTIFIED:
-                    waiter.add_cancelled(self)
-                elif self._exception is not None:
-                    waiter.add_exception(self)
-                else:
-                    waiter.add_result(self)
+            if self._being_told is not waiter:
+                self._being_told = waiter
+                self._tell_one(waiter)
+            elif waiter in self._waiters:
+                # An interruption came in the middle of it, and who waits has not been served. Too early is better
+                # than never.
+                if self not in waiter.finished_futures:
+                    self._tell_one(waiter)
+                waiter.event.set()
             untold.pop()
+        self._being_told = None
+
+    def _tell_one(self, waiter: Any) -> None:
+        if self._state == CANCELLED_AND_NOTIFIED:
+            waiter.add_cancelled(self)
+        elif self._exception is not None:
+            waiter.add_exception(self)
+        else:
+            waiter.add_result(self)
 
     def _orphan(self, error: BaseException) -> None:
         """In a forked child: end an inherited future. Its locks may be held by threads that do not exist here."""
-        self.__dict__.update(_condition=FutureCondition(), _waiters=[], _done_callbacks=[])
+        self.__dict__.update(_condition=FutureCondition(), _waiters=Waiters(), _done_callbacks={})
         self._exception = error
         self._state = FINISHED
+        self._ring()
 
 
 def _complete(jobs: list[Job]) -> list[Job]:
     """Conclude the futures of *jobs*, all at once where nobody waits; return the jobs that need `_conclude`."""
-    waited = []
     with _births:
-        for job in jobs:
-            future, verdict = job.future, job.verdict
-            if verdict is None:
-                continue
-            if future._waiters is not None or verdict[0] is _CANCELLED_STATUS:
+        # The loop in a function of its own: see the rules in `core`.
+        return _complete_unwaited(jobs)
+
+
+def _complete_unwaited(jobs: list[Job]) -> list[Job]:
+    waited = []
+    for job in jobs:
+        future, verdict = job.future, job.verdict
+        if verdict is None:
+            continue
+        if future._waiters is not None or verdict[0] is _CANCELLED_STATUS:
+            waited.append(job)
+        elif future._state not in _CONCLUDED:
+            future._result = verdict[1]
+            future._exception = verdict[2]
+            future._state = FINISHED
+            # Looked at after the state is there: who comes later sees the state.
+            if future._bell is not None:
                 waited.append(job)
-            elif future._state not in _CONCLUDED:
-                future._result = verdict[1]
-                future._exception = verdict[2]
-                future._state = FINISHED
     return waited
 
 
@@ -368,6 +401,21 @@ def renew_lock() -> None:
     """In a forked child: another thread may have held it."""
     global _births
     _births = threading.RLock()
+
+
+def _take_and_call(callbacks: dict[object, Any], key: object, future: JobFuture[Any]) -> None:
+    """Call one of *callbacks* with *future*, unless another thread has taken it."""
+    called: list[object] = []
+    # Inside one call of C: an exception from outside cannot come between the taking and the call, where the
+    # callback would be lost.
+    called.extend(chain.from_iterable(map(map, map(callbacks.pop, (key,), (_nothing,)), ((future,),))))
+    if not called:
+        # `map` takes a StopIteration for its own end.
+        raise RuntimeError("the callback raised StopIteration")
+
+
+def _nothing(future: JobFuture[Any]) -> None:
+    """In the place of a callback that somebody else runs."""
 
 
 _STATE_WORDS = {
@@ -403,7 +451,12 @@ class _PlainFuture:
 
     def _conclude(self: Any, state: str, result: Any, exception: BaseException | None, blocking: bool = True) -> bool:
         if state == CANCELLED_AND_NOTIFIED:
-            return Future.cancel(self) and not self.set_running_or_notify_cancel()
+            # The second hand-shake would be an error.
+            first = "_notified" not in self.__dict__ and Future.cancel(self)
+            if first:
+                self._notified = True
+                self.set_running_or_notify_cancel()
+            return bool(first)
         if self.done():
             return False
         if exception is None:
@@ -411,6 +464,10 @@ class _PlainFuture:
         else:
             self.set_exception(exception)
         return True
+
+    def _run_callbacks(self: Any) -> None:
+        # The inherited methods have done it.
+        pass
 
     def _orphan(self: Any, error: BaseException) -> None:
         Future.__init__(self)
@@ -428,6 +485,8 @@ _KNOWS_FUTURE = (
         "_untold",
         "_set",
         "_tell",
+        "_tell_one",
+        "_being_told",
         "_wait",
         "_invoke_callbacks",
         "__repr__",
@@ -438,11 +497,12 @@ _KNOWS_FUTURE = (
 
 def use_plain_future() -> None:
     """Take back everything in `JobFuture` that knows the insides of `Future`."""
-    global complete
+    global complete, _LATE
+    _LATE = False
     complete = _complete_one_by_one
     for name in _KNOWS_FUTURE:
         delattr(JobFuture, name)
-    for name in ("_start", "_put_back", "_mark_cancelled", "_conclude", "_orphan"):
+    for name in ("_start", "_put_back", "_mark_cancelled", "_conclude", "_run_callbacks", "_orphan"):
         setattr(JobFuture, name, vars(_PlainFuture)[name])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .errors import OutcomeUnknown, ProcessorContractError
@@ -43,31 +43,32 @@ class Judge:
             return [(COMPLETED, None, None)] * len(jobs), 0, None
         problem = None
         values: tuple[Any, ...] = ()
-        if isinstance(results, (str, bytes, bytearray, memoryview)) or not isinstance(results, Sequence):
-            problem = f"the processor returned {_kind(results)}"
-        else:
-            try:
-                values = tuple(results)
-            except Exception as exc:
-                problem = f"reading the processor's results raised {type(exc).__name__}"
+        try:
+            if isinstance(results, (str, bytes, bytearray, memoryview)) or not isinstance(results, Sequence):
+                problem = f"the processor returned {_kind(results)}"
             else:
+                values = tuple(results)
                 if len(values) != len(jobs):
                     problem = f"the processor returned {len(values)} results"
+        except BaseException as exc:
+            # A stranger's code: were it let through, a KeyboardInterrupt would look like one of this thread's own.
+            problem = f"reading the processor's results raised {type(exc).__name__}"
         if problem is not None:
             error = ProcessorContractError(
                 f"{problem} for a batch of {len(jobs)}; return one result per job, in their order, or None",
                 batch_id=batch.id,
             )
             return self.failure(batch, jobs, error), 0, error
-        alone = sum([isinstance(value, BaseException) for value in values])
-        if not alone:
+        # By type: `isinstance` would ask the value for its `__class__`, which a proxy may refuse.
+        errors = {kind for kind in set(map(type, values)) if issubclass(kind, BaseException)}
+        if not errors:
             return [(COMPLETED, value, None) for value in values], 0, None
         return (
             [
-                self._single(job, value) if isinstance(value, BaseException) else (COMPLETED, value, None)
-                for job, value in zip(jobs, values, strict=True)
+                self._single(batch, job, value) if type(value) in errors else (COMPLETED, value, None)
+                for job, value in zip(jobs, _unshared(values, errors), strict=True)
             ],
-            alone,
+            sum(type(value) in errors for value in values),
             None,
         )
 
@@ -84,7 +85,9 @@ class Judge:
             for job, own in zip(jobs, _own_errors(error), strict=False)
         ]
 
-    def _single(self, job: Job, error: BaseException) -> Answer:
+    def _single(self, batch: Batch[Any], job: Job, error: BaseException) -> Answer:
+        if isinstance(error, OutcomeUnknown) and error.batch_id is None:
+            error.batch_id = batch.id
         if self._decided_and_retryable(error) and self._allows(job.attempts):
             return Again(error)
         return (status_of(error), None, error)
@@ -106,7 +109,7 @@ class Judge:
             return False
         try:
             return bool(question(error))
-        except Exception:
+        except BaseException:
             _log.exception("asking whether %s is retryable failed; it is not retried", type(error).__name__)
             return False
 
@@ -118,12 +121,23 @@ def _own_errors(error: BaseException) -> Iterator[BaseException]:
         yield copied(error)
 
 
+def _unshared(values: Iterable[Any], errors: set[type]) -> Iterator[Any]:
+    """*values*, with copies where one exception stands for several jobs; *errors* are the types of exceptions."""
+    seen: set[int] = set()
+    for value in values:
+        if type(value) in errors:
+            yield copied(value) if id(value) in seen else value
+            seen.add(id(value))
+        else:
+            yield value
+
+
 def copied(error: BaseException) -> BaseException:
     """A copy of the same type, arguments and attributes; the same instance, traceback trimmed, if it resists."""
     try:
         twin = copy.copy(error)
         alike = type(twin) is type(error) and twin is not error and bool(twin.args == error.args)
-    except Exception:
+    except BaseException:
         alike = False
     if not alike:
         return error.with_traceback(None)

@@ -6,13 +6,14 @@ import atexit
 import logging
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from queue import Empty, SimpleQueue
 
 from .collector import NEVER
-from .core import Core, cores
-from .interpreter import call_before_threads_end
+from .core import Core, DeathWatch, living_cores
+from .interpreter import call_before_threads_end, in_multiprocessing_child
 from .job import JobFuture
 from .supervisor import CLOSE_SECONDS, finish, supervise
 from .worker import work
@@ -34,7 +35,7 @@ def start_threads(core: Core) -> None:
     """
     missing = core.options.max_concurrent_batches - len(core.workers)
     try:
-        if core.supervisor is None or not core.supervisor.thread.is_alive():
+        if not core.supervised():
             _start(core, supervise, "supervisor")
         for number in range(missing):
             _start(core, work, f"worker-{len(core.workers) + number}")
@@ -45,7 +46,7 @@ def start_threads(core: Core) -> None:
 
 def _start(core: Core, target: object, role: str) -> None:
     name = f"{core.options.name}-{role}"
-    threading.Thread(target=target, args=(core,), name=name, daemon=True).start()  # type: ignore[arg-type]
+    threading.Thread(target=target, args=(core, DeathWatch(core)), name=name, daemon=True).start()  # type: ignore[arg-type]
 
 
 def wait_for_all(futures: list[JobFuture[object]], timeout: float | None) -> bool:
@@ -86,39 +87,75 @@ def finish_without_threads(core: Core) -> bool:
     return True
 
 
-def _exit_bound(core: Core) -> float:
-    timeout = core.options.delivery_timeout
-    return CLOSE_SECONDS if timeout is None else timeout
-
-
-def _busy() -> list[Core]:
-    return [core for core in list(cores) if core.outstanding]
+# The end of this process, from the first hook on: since when, and who had jobs then. One bound serves both hooks.
+_end_began: float | None = None
+_had_jobs: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
 def _flush_before_threads_end() -> None:
-    """The early hook: other threads may still submit, so it only flushes. A `multiprocessing` child has no other."""
-    waiting = [(core, core.flush_open_batch()) for core in _busy()]
-    began = time.monotonic()
+    """The early hook: other threads may still submit, so it only flushes."""
+    waiting = [(core, core.flush_open_batch()) for core in _cores_at_end() if core.outstanding]
     for core, futures in waiting:
-        wait_for_all(futures, max(0.0, began + _exit_bound(core) - time.monotonic()))
+        wait_for_all(futures, _time_left(core))
+    if in_multiprocessing_child():
+        _close_on_a_thread()
+
+
+def _close_on_a_thread() -> None:
+    """Such a child ends without `atexit`, once the last thread that is no daemon has ended: this one."""
+    try:
+        threading.Thread(target=_close_after_other_threads, name="microbatch-exit", daemon=False).start()
+    except RuntimeError:
+        pass
+
+
+def _close_after_other_threads() -> None:
+    mine = (threading.main_thread(), threading.current_thread())
+    while others := [thread for thread in threading.enumerate() if not thread.daemon and thread not in mine]:
+        for thread in others:
+            thread.join()
+    _close_at_exit()
 
 
 def _close_at_exit() -> None:
     """The late hook: nothing submits any more."""
-    busy = _busy()
-    began = time.monotonic()
-    open_cores = [core for core in list(cores) if not core.finished]
+    open_cores = [core for core in _cores_at_end() if not core.finished]
     for core in open_cores:
-        core.close(core.clock() + _exit_bound(core))
+        core.close(core.clock() + _time_left(core))
     for core in open_cores:
-        finished = wait_for_finish(core, max(0.0, began + _exit_bound(core) - time.monotonic()))
-        if core in busy:
-            left = len(core.undelivered)
-            _log.info(
-                "%s drained at exit: %s",
-                core.options.name,
-                "complete" if finished and not left else f"{left} jobs left",
-            )
+        finished = wait_for_finish(core, max(0.0, core.abandon_at - core.clock()))
+        left = len(core.undelivered)
+        if left or not finished:
+            _log.warning("%s at exit: %d jobs undelivered", core.options.name, left)
+        elif core in _had_jobs:
+            _log.info("%s drained at exit", core.options.name)
+
+
+def _cores_at_end() -> list[Core]:
+    global _end_began
+    if _end_began is None:
+        _end_began = time.monotonic()
+    found = []
+    for core in living_cores():
+        try:
+            core.check_process()
+        except Exception:
+            _log.exception("%s is of another process", core.options.name)
+            continue
+        found.append(core)
+        if core.outstanding:
+            _had_jobs.add(core)
+    return found
+
+
+def _time_left(core: Core) -> float:
+    """What remains of the bound, which counts from the beginning of the end or from the last submit after it."""
+    assert _end_began is not None
+    timeout = core.options.delivery_timeout
+    bound = CLOSE_SECONDS if timeout is None else timeout
+    with core.lock:
+        submits = [job.submitted for job in list(core.outstanding.values())]
+    return max(0.0, max([_end_began, *submits]) + bound - time.monotonic())
 
 
 call_before_threads_end(_flush_before_threads_end)

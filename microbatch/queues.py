@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .job import Job
 from .protocols import JobQueue
+
+_log = logging.getLogger("microbatch.queues")
 
 Dead = Callable[[Any], bool]
 
@@ -94,6 +98,7 @@ class Store:
 
     def __init__(self, target: JobQueue | queue.Queue[Any] | queue.SimpleQueue[Any]) -> None:
         self.target = target
+        self.trusted = type(target) in _STDLIB
         self.ordered = bool(getattr(target, "ordered", isinstance(target, queue.PriorityQueue)))
         if isinstance(target, queue.Queue) and _uses_stdlib_methods(target):
             self.size = target._qsize
@@ -102,10 +107,18 @@ class Store:
         else:
             many = getattr(target, "get_many", None)
             self.size = target.qsize
-            self.put = target.put if isinstance(target, queue.SimpleQueue) else target.put_nowait
+            self.put = target.put if type(target) is queue.SimpleQueue else target.put_nowait
             self.take = self._take_one_by_one if many is None else lambda n: list(many(n))
+        if not self.trusted:
+            self.take = _contained(self.take)
+            self.size = _sized(self.size)
         if self.size():
             raise ValueError(f"queue {target!r} holds {self.size()} items already; pass an empty one")
+
+    def fits(self, n: int) -> bool:
+        """Whether *n* items go in together, as far as it is known before they are put."""
+        bound = self.target.maxsize if isinstance(self.target, queue.Queue) else 0
+        return bound <= 0 or self.size() + n <= bound
 
     def _put_bounded(self, item: Any) -> None:
         target: Any = self.target
@@ -124,6 +137,9 @@ class Store:
                 taken.append(self.target.get_nowait())
         except queue.Empty:
             pass
+        except Exception:
+            if not taken:
+                raise
         return taken
 
     def remove(self, dead: Dead) -> None:
@@ -131,9 +147,9 @@ class Store:
         target: Any = self.target
         if isinstance(target, MemoryQueue):
             target._remove(dead)
-        elif isinstance(target, queue.Queue) and isinstance(target.queue, deque):
+        elif isinstance(target, queue.Queue) and isinstance(getattr(target, "queue", None), deque):
             _rotate(target.queue, dead)
-        elif isinstance(target, queue.SimpleQueue):
+        elif type(target) is queue.SimpleQueue:
             for _ in range(target.qsize()):
                 item = target.get_nowait()
                 if not dead(item):
@@ -144,6 +160,30 @@ class Store:
             living = [item for item in items if not dead(item)]
             for item in living if isinstance(target, queue.PriorityQueue) else reversed(living):
                 target._put(item)
+
+
+def _contained(take: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
+    """*take* of a stranger's queue: one that is broken keeps its jobs, which then end at their deadlines."""
+
+    def contained(n: int) -> list[Any]:
+        try:
+            return [item for item in take(n) if isinstance(item, Job)]
+        except Exception:
+            _log.exception("the queue failed; what it does not give ends at its deadline")
+            return []
+
+    return contained
+
+
+def _sized(size: Callable[[], int]) -> Callable[[], int]:
+    def contained() -> int:
+        try:
+            return size()
+        except Exception:
+            _log.exception("the queue's qsize() failed; its jobs end at their deadlines")
+            return 0
+
+    return contained
 
 
 _STDLIB = (queue.Queue, queue.LifoQueue, queue.PriorityQueue, queue.SimpleQueue, MemoryQueue)

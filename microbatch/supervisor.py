@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from time import thread_time
 from typing import Any
 
 from .collector import NEVER
-from .core import Core, tell_contained
+from .core import Core, DeathWatch, tell_contained
 from .events import BatcherShutDown
 
 _log = logging.getLogger("microbatch.supervisor")
 
 # A future that somebody is just entering `concurrent.futures.wait` with is tried again so much later.
 _SOON = 0.01
-# A look at every outstanding job may take so much of the time, no more, however many deadlines there are.
+# Looks at every outstanding job may take so much of a processor, no more, however many deadlines there are ...
 _SHARE = 0.1
+# ... but for this no deadline is late by more.
+_LATEST = 0.25
 # How long a shutdown waits for the processor's `close` where there is no `delivery_timeout` to go by.
 CLOSE_SECONDS = 10.0
 
@@ -32,34 +35,48 @@ class Supervisor:
     def __init__(self, core: Core) -> None:
         self.core = core
         self.thread = threading.current_thread()
+        self.gone = False
         self._close_by = NEVER
 
     def run(self) -> None:
         """Until the shutdown is complete. An exception from outside is logged and survived."""
         while True:
             try:
-                while self.check():
-                    self._sleep()
-                return
+                # In a child forked on this thread another one has the place, or will have it.
+                if not self.check() or self.core.supervisor is not self:
+                    return
+                self._sleep()
             except BaseException:
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
+                self._recover()
+
+    def _recover(self) -> None:
+        core = self.core
+        with core.lock:
+            # A sweep may have been interrupted with a job in its hands.
+            core.intake.rebuild(lambda: list(core.outstanding.values()))
+            core.ring_worker()
+        if core.finishing:
+            _let_go(core)
 
     def check(self) -> bool:
         """Do what is due and set `next_check`; False when the batcher is finished."""
         core = self.core
         self._bury_dead_workers()
         with core.lock:
-            began = core.clock()
+            core.next_check = NEVER  # so that what a finaliser submits in the middle of this rings
+            now, spent = core.clock(), thread_time()
             jobs = list(core.outstanding.values())
-            if began >= core.abandon_at:
+            if now >= core.abandon_at:
                 core.abandon_all()
             else:
-                core.overdue(jobs, began)
-            if core.intake.dead > len(core.outstanding):
+                core.overdue(jobs, now)
+            if core.intake.dead > (0 if core.blocked else len(core.outstanding)):
                 core.intake.sweep()
+                core.wake_blocked()
             nearest = min((job.deadline for job in jobs if job.verdict is None), default=NEVER)
-            now = core.clock()
-            nearest = max(nearest, now + (now - began) / _SHARE)
+            pause = min((thread_time() - spent) / _SHARE, _LATEST)
+            nearest = max(nearest, core.clock() + pause)
             if core.outstanding:
                 nearest = min(nearest, core.abandon_at)
             core.next_check = min(nearest, self._close_by)
@@ -84,19 +101,16 @@ class Supervisor:
 
     def _bury_dead_workers(self) -> None:
         core = self.core
-        dead = [worker for worker in list(core.workers) if not worker.thread.is_alive()]
+        dead = [worker for worker in list(core.workers) if worker.gone]
         for worker in dead:
             swept = worker.sweep()
             with core.lock:
-                core.owed += swept
+                core.owed.update(dict.fromkeys(swept, False))
                 core.workers.remove(worker)
-                core.ready = False
-            _log.error("%s is dead; %d of its jobs are unknown", worker.thread.name, len(swept))
-        if dead and not (core.closed and not core.outstanding):
-            try:
-                core.start_threads()
-            except RuntimeError:
-                _log.exception("no thread can be started in its place; its jobs end at their deadlines")
+        if dead or core.short:
+            core.replace_dead()
+        for worker in dead:
+            _log.error("%s is dead; another one takes its place", worker.thread.name)
 
     def _abandon(self) -> None:
         """Tell a processor that nobody waits any more for the batch it holds."""
@@ -116,12 +130,12 @@ class Supervisor:
         """Complete the shutdown once every job has its outcome and the last event is out."""
         core = self.core
         with core.lock:
-            if not core.closed or core.outstanding or core.owed:
+            if not core.closed or core.outstanding or not all(core.owed.values()):
                 return core.finished
             now = core.clock()
             if self._close_by == NEVER:
                 self._close_by = now + (core.options.delivery_timeout or CLOSE_SECONDS)
-            busy = core.telling or any(not worker.stuck() for worker in core.workers)
+            busy = core.owed or any(not worker.stuck() for worker in core.workers)
             if busy and now < self._close_by:
                 core.next_check = min(core.next_check, self._close_by)
                 return False
@@ -131,34 +145,44 @@ class Supervisor:
 
 def finish(core: Core) -> None:
     """Tell the last event, once, and let go who waits for the shutdown."""
-    with core.lock:
-        if core.finishing:
-            return
-        core.finishing = True
-        counters = core.counters
-        event = BatcherShutDown(counters.completed, counters.failed, counters.cancelled, counters.unknown)
+    begun = False
     try:
+        with core.lock:
+            if core.finishing:
+                return
+            counters = core.counters
+            event = BatcherShutDown(counters.completed, counters.failed, counters.cancelled, counters.unknown)
+            begun = core.finishing = True
         tell_contained(core.listeners, event)
     finally:
-        with core.lock:
-            core.finished = True
-            closers: list[Any] = core.closers
-            for token in closers:
-                token.put(None)
+        if begun:
+            _let_go(core)
 
 
-def supervise(core: Core) -> None:
-    """The thread's function: claim the place, or leave if it is taken."""
-    supervisor = Supervisor(core)
+def _let_go(core: Core) -> None:
     with core.lock:
-        if core.finished or (core.supervisor is not None and core.supervisor.thread.is_alive()):
-            return
-        core.supervisor = supervisor
-        core.own.add(threading.get_ident())
-        core.threads_ready()
+        core.finished = True
+        closers: list[Any] = core.closers
+        for token in closers:
+            token.put(None)
+
+
+def supervise(core: Core, watch: DeathWatch) -> None:
+    """The thread's function: claim the place, or leave if it is taken."""
     try:
-        supervisor.run()
+        supervisor = watch.holder = Supervisor(core)
+        with core.lock:
+            if not core.finished and not core.supervised():
+                core.supervisor = supervisor
+                core.own.add(threading.get_ident())
+                core.threads_ready()
+        if core.supervisor is supervisor:
+            supervisor.run()
+            # The next submit starts another one, should it ever come to that.
+            core.ready = False
+        watch.left = True
+    except BaseException:
+        _log.exception("%s died", threading.current_thread().name)
     finally:
-        # The next submit starts another one, should it ever come to that.
-        core.ready = False
         core.own.discard(threading.get_ident())
+        watch.report()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from .batcher import _DEFAULT, MicroBatcher
+from .batcher import _DEFAULT, MicroBatcher, ShutdownReport
 from .collector import NEVER
-from .core import Core
+from .core import Core, cores
 from .job import JobFuture
 from .protocols import Batch, BatchProcessor
 from .supervisor import Supervisor
@@ -53,7 +53,7 @@ class InlineBatcher(MicroBatcher[J, R]):
 
     def __init__(
         self,
-        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Any],
+        processor: BatchProcessor[J, R] | Callable[[Batch[J]], Sequence[R | Exception] | None],
         *,
         clock: ManualClock | None = None,
         **options: Any,
@@ -61,7 +61,8 @@ class InlineBatcher(MicroBatcher[J, R]):
         self.clock = ManualClock() if clock is None else clock
         self._held = 0
         self._running = False
-        super().__init__(processor, **{"when_full": "raise", **options})
+        # There is no other thread that could make room while a submit waits.
+        super().__init__(processor, **{**options, "when_full": "raise"})
 
     def _drive(self) -> tuple[Callable[[], float], Callable[[Core], None]]:
         return self.clock, self._place_worker
@@ -70,6 +71,8 @@ class InlineBatcher(MicroBatcher[J, R]):
         """In the place of threads; called at the first submit, and again in a forked child."""
         self._worker = Worker(core)
         self._supervisor = Supervisor(core)
+        core.inline = True
+        cores.discard(core)  # no thread would drain it at exit, which waits for that
         with core.lock:
             core.workers.append(self._worker)
             core.supervisor = self._supervisor
@@ -127,7 +130,9 @@ class InlineBatcher(MicroBatcher[J, R]):
             self.run()
         return super().flush(timeout)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> Any:
+    def shutdown(
+        self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None
+    ) -> ShutdownReport:
         """As `MicroBatcher.shutdown`; a *timeout* of 0 leaves what is held undelivered."""
         report = super().shutdown(False, cancel_futures=cancel_futures, timeout=timeout)
         if report.finished or self._running:
@@ -143,13 +148,22 @@ class InlineBatcher(MicroBatcher[J, R]):
         self._running = True
         core.own.add(threading.get_ident())
         try:
-            while self._supervisor.check() and (self._worker.turn(wait=False) or self._jump()):
+            while self._supervisor.check() and (self._turn() or self._jump()):
                 pass
         finally:
             core.own.discard(threading.get_ident())
             self._running = False
         if core.closed and not core.outstanding:
             self._leave()
+
+    def _turn(self) -> bool:
+        if not self._worker.turn(wait=False):
+            return False
+        heap = self._core.intake.heap
+        if heap and heap[0][0] <= self.clock.now:
+            # Work takes time; if it did not, a retry without back-off would never reach its deadline.
+            self.clock.now += 0.001
+        return True
 
     def _leave(self) -> None:
         core = self._core

@@ -22,9 +22,9 @@ from typing import Any
 
 from . import job as job_module
 from .collector import NEVER, Collected, Undecided, Wait, collect_batch
-from .core import Core, conclude, run_callbacks, tell_contained
+from .core import Core, DeathWatch, conclude, run_callbacks, tell_contained
 from .errors import OutcomeUnknown, WorkerDied
-from .events import BatchCompleted, BatchFailed, BatchStarted, JobCompleted, JobRetrying
+from .events import BatchCompleted, BatchFailed, BatchStarted, Event, JobCompleted, JobRetrying
 from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
 from .judge import Again, Answer, Judge
 from .protocols import Batch
@@ -59,6 +59,7 @@ class Worker:
         self.processing = False
         self.abandoned = False
         self.leaving = False
+        self.gone = False
 
     def stuck(self) -> bool:
         """Whether the processor still runs although every job it holds has its outcome."""
@@ -68,9 +69,8 @@ class Worker:
         """Until the batcher is closed and empty. An exception ends it only if it hits the recovery as well."""
         while True:
             try:
-                while self.turn():
-                    pass
-                return
+                if not self.turn():
+                    return
             except BaseException:
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
                 self.recover()
@@ -94,6 +94,8 @@ class Worker:
             with core.lock:
                 if self not in core.workers:
                     return None
+                # What a finaliser submits in the middle of this rings, whatever was found before.
+                core.wake_at = 0
                 found = collect_batch(
                     core.intake,
                     core.clock(),
@@ -102,32 +104,31 @@ class Worker:
                     closing=core.closed,
                     flushed=core.flushed,
                 )
-                forgotten, core.intake.unnotified = core.intake.unnotified, []
                 if isinstance(found, Collected):
+                    core.wake_at = NEVER
                     self._take(found)
-                elif not forgotten:
-                    if not wait or (core.closed and not core.outstanding):
-                        return None
+                elif not wait or (core.closed and not core.outstanding):
+                    core.wake_at = NEVER
+                    return None
+                else:
                     core.wake_at = next(core.sequence) + found.jobs
                 if core.blocked:
                     core.wake_blocked()
-            for job in forgotten:
-                self._resolve(job)
             if isinstance(found, Collected):
                 return found
-            if not forgotten:
-                self._sleep(found)
+            self._sleep(found)
 
     def _sleep(self, wait: Wait) -> None:
-        if wait.until == NEVER:
-            self.core.bell.get()
-            return
         left = wait.until - self.core.clock()
-        if left > 0:
-            try:
+        try:
+            if left == NEVER:
+                self.core.bell.get()
+            elif left > 0:
                 self.core.bell.get(timeout=min(left, threading.TIMEOUT_MAX))
-            except queue.Empty:
-                pass
+        except queue.Empty:
+            pass
+        if self.core.short:
+            self.core.replace_dead()
 
     def _take(self, collected: Collected) -> None:
         """Under the lock: from here on the jobs are in flight, and no `cancel` gets them."""
@@ -179,12 +180,16 @@ class Worker:
 
     def _process(self, collected: Collected) -> Outcome:
         error = None if self.opened else self._open(collected)
+        if error is not None:
+            error = self._still_undecided(collected.undecided, error)
         batch, began = self.batch, self.core.clock()
         if batch is None:
             return Outcome([], began)
         if error is None:
             if self.core.listeners.want(BatchStarted):
                 tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
+            if self not in self.core.workers:
+                return Outcome([], began)  # a child forked inside `open` or a listener
             self.core.touched = True
             self.processing = True
             results, error = call(self.core.processor.process, batch)
@@ -192,6 +197,9 @@ class Worker:
             if error is None:
                 answers, alone, error = self.judge.results(batch, self.jobs, results)
                 return Outcome(answers, began, error, alone)
+            if not isinstance(error, Exception):
+                # It may come from outside, before the processor could look what became of the first attempt.
+                error = self._still_undecided(collected.undecided, error)
         return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
 
     def _open(self, collected: Collected) -> BaseException | None:
@@ -209,6 +217,14 @@ class Worker:
             self._hand_over(collected, HANDED_OVER if error is None else TAKEN)
         return error
 
+    def _still_undecided(self, undecided: Undecided | None, error: BaseException) -> BaseException:
+        """If the processor has not seen this attempt of a batch that comes back, its fate is as undecided as before."""
+        if undecided is None:
+            return error
+        _log.warning("batch %s: %s before the processor took it up again", undecided.batch_id, type(error).__name__)
+        errors = (job.error for job in self.jobs if job.verdict is None and job.error is not None)
+        return next(errors, error)
+
     # Settling: verdicts under the lock, then futures, callbacks and events outside it.
 
     def _settle(self, outcome: Outcome) -> None:
@@ -221,14 +237,16 @@ class Worker:
         for job in jobs:
             if job.future._done_callbacks and job.verdict is not None:
                 run_callbacks(job.future)
-        if core.listeners.any():
+        # A batch that the shutdown did not wait for is not told: there is nothing after the last event.
+        if core.listeners.any() and not core.finishing:
             self._tell(batch, outcome, retried)
         with core.lock:
             self.jobs = []
             self.batch = None
             core.after_ends()
-        for job in jobs:
-            if job.verdict is not None:
+        for job, answer in zip(jobs, outcome.answers, strict=True):
+            # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
+            if job.verdict is answer:
                 job.payload = None
 
     def _decide(self, batch: Batch[Any], outcome: Outcome) -> list[Retried]:
@@ -237,6 +255,9 @@ class Worker:
         retried: list[Retried] = []
         # One delay for the whole batch: what failed together comes back together.
         delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
+        first = outcome.answers[0] if outcome.answers else None
+        together = isinstance(first, Again) and first.undecided
+        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt) if together else None
         with core.lock:
             now = core.clock()
             self._count(outcome, now)
@@ -247,12 +268,12 @@ class Worker:
                     if job.verdict is not None:
                         outcome.late += 1
                     elif isinstance(answer, Again):
-                        self._postpone(job, answer, now + delay)
+                        self._postpone(job, answer, now + delay, undecided)
                         retried.append((job, answer.error, delay))
                     else:
                         core.end(job, answer)
-            if retried and isinstance(outcome.answers[0], Again) and outcome.answers[0].undecided:
-                self._postpone_batch(batch)
+            if retried and undecided is not None:
+                core.intake.wait_until(now + delay, undecided)
             core.counters.late_results += outcome.late
             core.counters.retries += len(retried)
             if retried:
@@ -271,47 +292,42 @@ class Worker:
         else:
             counters.consecutive_failures += 1
 
-    def _postpone(self, job: Job, again: Again, due: float) -> None:
+    def _postpone(self, job: Job, again: Again, due: float, undecided: Undecided | None) -> None:
         job.due = due
         job.error = again.error
-        job.undecided = None
+        # The batch before the place: if an interruption came in between, the job would be retried on its own.
+        job.undecided = undecided
         job.place = WAITING
-        if not again.undecided:
+        if undecided is None:
             self.core.intake.wait_until(due, job)
-
-    def _postpone_batch(self, batch: Batch[Any]) -> None:
-        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt)
-        due = 0.0
-        for job in self.jobs:
-            if job.verdict is None:
-                job.undecided = undecided
-                due = job.due
-        self.core.intake.wait_until(due, undecided)
 
     def _tell(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
         core, listeners, now = self.core, self.core.listeners, self.core.clock()
         if listeners.want(JobRetrying):
             for job, cause, delay in retried:
-                event = JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay)
-                tell_contained(listeners, event)
+                self._say(JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay))
         failed = 0
         for job, answer in zip(self.jobs, outcome.answers, strict=True):
             if job.verdict is not answer:
                 continue  # retried, or ended by somebody else, who tells it
             if job.verdict[2] is not None:
                 failed += 1
-                core.tell_failed(job, batch.id)
+                if self in core.workers:
+                    core.tell_failed(job, batch.id)
             elif listeners.want(JobCompleted):
                 age = now - job.submitted
                 result = job.verdict[1]
-                done = JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age)
-                tell_contained(listeners, done)
+                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age))
         facts = (batch.id, len(batch), batch.attempt, batch.trigger)
         seconds = now - outcome.began
         if outcome.error is None:
-            tell_contained(listeners, BatchCompleted(*facts, failed, seconds))
+            self._say(BatchCompleted(*facts, failed, seconds))
         else:
-            tell_contained(listeners, BatchFailed(*facts, outcome.error, seconds))
+            self._say(BatchFailed(*facts, outcome.error, seconds))
+
+    def _say(self, event: Event) -> None:
+        if self in self.core.workers:  # a child forked inside a callback or a listener tells nothing of this batch
+            tell_contained(self.core.listeners, event)
 
     # Recovery, after an exception from outside hit this thread's own lines.
 
@@ -323,27 +339,32 @@ class Worker:
             self.core.tell_failed(job, None)
         with self.core.lock:
             self.jobs = []
+            self.batch = None
             self.core.after_ends()
 
     def sweep(self) -> list[Job]:
         """Invariant 3, for this worker's jobs; then the order is made anew. Returns the jobs that ended."""
+        with self.core.lock:
+            return self._sweep()
+
+    def _sweep(self) -> list[Job]:
         core = self.core
-        with core.lock:
-            self.processing = False
-            if self not in core.workers:
-                return []
-            batch_id = self.batch.id if self.batch is not None else None
-            for job in self.jobs:
-                if job.verdict is None and job.place == HANDED_OVER:
-                    error = WorkerDied("the worker was interrupted while it held the job", batch_id=batch_id)
-                    core.end(job, (UNKNOWN, None, error))
-                elif job.verdict is None and job.place == TAKEN:
-                    job.place = QUEUED
-                    if not job.attempts:
-                        job.future._put_back()
-            core.intake.rebuild(lambda: list(core.outstanding.values()))
-            core.after_ends()
-            return [job for job in self.jobs if job.verdict is not None]
+        self.processing = False
+        if self not in core.workers:
+            return []
+        batch_id = self.batch.id if self.batch is not None else None
+        for job in self.jobs:
+            if job.verdict is None and job.place == HANDED_OVER:
+                error = WorkerDied("the worker was interrupted while it held the job", batch_id=batch_id)
+                core.end(job, (UNKNOWN, None, error))
+            elif job.verdict is None and job.place == TAKEN:
+                job.place = QUEUED if job.undecided is None else WAITING
+                if not job.attempts:
+                    job.future._put_back()
+        core.intake.rebuild(lambda: list(core.outstanding.values()))
+        core.ring_worker()  # another one may be asleep, and what this one had taken is back in the queue
+        core.after_ends()
+        return [job for job in self.jobs if job.verdict is not None]
 
     def _resolve(self, job: Job) -> None:
         conclude(job)
@@ -382,42 +403,33 @@ def _report(batch: Batch[Any], outcome: Outcome, retried: int, delay: float) -> 
         _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, outcome.late)
 
 
-class _DeathWatch:
-    """Rings the supervisor when the frame that holds it is gone, however it ended."""
-
-    def __init__(self, core: Core) -> None:
-        self._alarm = core.alarm
-
-    def __del__(self) -> None:
-        self._alarm.put(None)
-
-
-def work(core: Core) -> None:
+def work(core: Core, watch: DeathWatch) -> None:
     """The thread's function: claim a place, work, leave. A surplus thread leaves at once."""
-    worker = Worker(core)
-    with core.lock:
-        if len(core.workers) >= core.options.max_concurrent_batches or (core.closed and not core.outstanding):
-            return
-        core.workers.append(worker)
-        core.own.add(threading.get_ident())
-        core.threads_ready()
-    watch = _DeathWatch(core)
     try:
-        worker.run()
+        worker = watch.holder = Worker(core)
+        with core.lock:
+            if len(core.workers) < core.options.max_concurrent_batches and not (core.closed and not core.outstanding):
+                core.workers.append(worker)
+                core.own.add(threading.get_ident())
+                core.threads_ready()
+        if worker in core.workers:
+            worker.run()
+            leave(worker)
+        watch.left = True
     except BaseException:
         # The supervisor sweeps what this one held and starts another.
-        _log.exception("%s died", worker.thread.name)
-        return
+        _log.exception("%s died", threading.current_thread().name)
     finally:
         core.own.discard(threading.get_ident())
-    leave(worker)
-    del watch
+        watch.report()
 
 
 def leave(worker: Worker) -> None:
     """Invariant 5."""
     core = worker.core
     with core.lock:
+        if worker not in core.workers:
+            return  # a child forked on this thread
         worker.leaving = True
         last = all(other.leaving for other in core.workers)
     if last and core.touched and core.processor.close is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +15,11 @@ from psycopg.conninfo import make_conninfo
 
 from microbatch.embedded import EmbeddedPostgres, _find_binaries
 from microbatch.errors import MissingExtra
+
+# The background job of a shell, and so perhaps a run in CI, inherits an ignored Ctrl-C and would hand that down to
+# the programs under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

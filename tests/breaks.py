@@ -1,0 +1,546 @@
+"""Deliberate breaks: each is applied to a copy of the library, and the tests of its promise must notice.
+
+    python -m tests.breaks             all of them, two at a time
+    python -m tests.breaks NAME…       some
+    python -m tests.breaks --list
+
+It is an error if a break's text does not stand exactly once in the source, for the list follows the code; if its tests
+pass all the same; and if they fail on an unbroken copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Break:
+    """In *file* each old text becomes the new one; then one of *tests* must fail, or take more than *seconds*."""
+
+    name: str
+    promise: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+    seconds: int = 20
+
+
+BREAKS = (
+    Break(
+        "no pid check",
+        "P7",
+        "core.py",
+        (("if self.pid != os.getpid():\n            with _fork_lock", "if False:\n            with _fork_lock"),),
+        ("test_fork.py::test_P7_inherited_futures_are_unknown_in_the_child[queued-no hooks]",),
+    ),
+    Break(
+        "no fork hook and no pid check",
+        "P7",
+        "core.py",
+        (
+            ("if self.pid != os.getpid():\n            with _fork_lock", "if False:\n            with _fork_lock"),
+            ('if hasattr(os, "register_at_fork"):', "if False:"),
+        ),
+        ("test_fork.py::test_P7_inherited_futures_are_unknown_in_the_child[queued-hooks]",),
+        seconds=6,
+    ),
+    Break(
+        "the number of a job of the parent is taken for a job of the child",
+        "P7",
+        "core.py",
+        (("return job if job is not None and job.future is future else None", "return job"),),
+        ("test_batcher.py::test_P7_an_inherited_future_has_no_hold_on_the_jobs_of_the_child",),
+    ),
+    Break(
+        "a flag tested before the put",
+        "P6",
+        "core.py",
+        (
+            (
+                "        with self.lock:\n            if self.closed:\n"
+                '                raise BatcherClosed("the batcher is shut down: the job was not accepted")\n'
+                "            if job_id is not None:\n                taken",
+                "        if self.closed:\n"
+                '            raise BatcherClosed("the batcher is shut down: the job was not accepted")\n'
+                "        os.sched_yield()\n"
+                "        with self.lock:\n            if job_id is not None:\n                taken",
+            ),
+        ),
+        ("test_batcher.py::test_P6_no_submit_slips_past_the_end_of_a_shutdown",),
+    ),
+    Break(
+        "except Exception round the processor",
+        "P1",
+        "worker.py",
+        (
+            (
+                "        answer.extend(map(process, (batch,)))\n    except BaseException",
+                "        answer.extend(map(process, (batch,)))\n    except Exception",
+            ),
+        ),
+        ("test_threads.py::test_p1_whatever_the_processor_raises_fails_its_batch_and_not_the_worker[SystemExit]",),
+    ),
+    Break(
+        "results in another order than the jobs",
+        "P2",
+        "judge.py",
+        (
+            (
+                "return [(COMPLETED, value, None) for value in values], 0, None",
+                "return [(COMPLETED, value, None) for value in values[::-1]], 0, None",
+            ),
+        ),
+        ("test_judge.py::test_P2_results_belong_to_the_jobs_in_their_order",),
+    ),
+    Break(
+        "results tied to the jobs that are left instead of to their places",
+        "P2",
+        "worker.py",
+        (
+            ("outcome = self._process(collected)", "outcome = self._process(collected)\n        self._drop()"),
+            (
+                "    def _settle(",
+                "    def _drop(self) -> None:\n"
+                "        self.jobs.sort(key=lambda job: job.verdict is not None)\n\n"
+                "    def _settle(",
+            ),
+        ),
+        ("test_supervisor.py::test_P5_the_others_of_a_batch_get_their_results_though_one_is_overdue",),
+    ),
+    Break(
+        "no count check",
+        "P2",
+        "judge.py",
+        (
+            ("if len(values) != len(jobs):", "if False:"),
+            ("for value in values], 0, None", "for value in (*values, *[None] * len(jobs))[: len(jobs)]], 0, None"),
+        ),
+        ("test_judge.py::test_P2_any_other_answer_makes_every_job_unknown",),
+    ),
+    Break(
+        "a broken contract as a plain failure",
+        "P2",
+        "judge.py",
+        (
+            ("            error = ProcessorContractError(\n", "            error = _Plain(\n"),
+            (
+                "class Again:",
+                "class _Plain(ValueError):\n    def __init__(self, text: str, batch_id: str) -> None: ...\n\n\nclass Again:",
+            ),
+        ),
+        ("test_judge.py::test_P2_any_other_answer_makes_every_job_unknown",),
+    ),
+    Break(
+        "sleeping in the retry",
+        "P5",
+        "worker.py",
+        (
+            (
+                "        _report(batch, outcome, len(retried), delay)\n",
+                "        _report(batch, outcome, len(retried), delay)\n"
+                "        if retried:\n            __import__('time').sleep(delay)\n",
+            ),
+        ),
+        ("test_threads.py::test_p5_retries_do_not_hold_up_neighbours",),
+    ),
+    Break(
+        "skipping set_running_or_notify_cancel",
+        "P1",
+        "core.py",
+        (("        return job.future._conclude(CANCELLED_AND_NOTIFIED, None, None, blocking)", "        return True"),),
+        ("test_threads.py::test_p1_waiters_wake_when_a_queued_job_is_cancelled",),
+        seconds=6,
+    ),
+    Break(
+        "a plain lock",
+        "P1",
+        "core.py",
+        (
+            (
+                "        self.lock = threading.RLock()\n",
+                "        self.lock = type('Plain', (), {'_is_owned': lambda s: False,"
+                " '__init__': lambda s: setattr(s, 'l', threading.Lock()), '__enter__': lambda s: s.l.acquire(),"
+                " '__exit__': lambda s, *a: s.l.release()})()\n",
+            ),
+        ),
+        ("test_batcher.py::test_P1_a_submit_in_the_middle_of_a_submit_is_accepted",),
+        seconds=6,
+    ),
+    Break(
+        "forgetting the heap at shutdown",
+        "P6",
+        "worker.py",
+        (("(core.closed and not core.outstanding)", "(core.closed and not core.intake.store.size())"),),
+        ("test_batcher.py::test_P6_shutdown_waits_for_retries_also_with_threads",),
+        seconds=6,
+    ),
+    Break(
+        "acceptance before the wake-up",
+        "P1",
+        "core.py",
+        (
+            (
+                "                # Wake-ups first, acceptance last",
+                "                self.outstanding[sequence] = job\n                # Wake-ups first, acceptance last",
+            ),
+        ),
+        (
+            "test_batcher.py::test_P1_a_submit_that_is_interrupted_anywhere_leaves_no_accepted_job_asleep"
+            "_and_no_other_one_to_be_done",
+        ),
+    ),
+    Break(
+        "what is queued is done, accepted or not",
+        "P1",
+        "collector.py",
+        (("if job.sequence in outstanding and job.place == QUEUED", "if job.place == QUEUED"),),
+        (
+            "test_collector.py::test_P1_what_is_queued_and_was_never_accepted_is_skipped",
+            "test_queues.py::test_P1_a_foreign_queue_that_fills_up_in_the_middle_takes_none_and_doubles_none",
+        ),
+    ),
+    Break(
+        "the bound counts only what is queued",
+        "P5",
+        "core.py",
+        (("if len(self.outstanding) < self.bound:", "if self.intake.store.size() < self.bound:"),),
+        ("test_batcher.py::test_P5_queued_running_and_waiting_jobs_all_count",),
+    ),
+    Break(
+        "a late result overwrites the outcome",
+        "P5",
+        "core.py",
+        (
+            (
+                "            if job.verdict is None:\n                # Uninterrupted, as in `end`.",
+                "            if True:\n                # Uninterrupted, as in `end`.",
+            ),
+            (
+                "                del outstanding[job.sequence]\n                if job.future",
+                "                outstanding.pop(job.sequence, None)\n                if job.future",
+            ),
+        ),
+        (
+            "test_supervisor.py::test_P5_a_job_that_the_processor_still_holds_is_unknown_at_its_deadline"
+            "_and_its_late_answer_is_dropped",
+        ),
+    ),
+    Break(
+        "no supervision of deadlines",
+        "P5",
+        "core.py",
+        (
+            (
+                "        ended = [job for job in jobs if job.deadline <= now and job.verdict is None]",
+                "        ended: list[Job] = []",
+            ),
+        ),
+        ("test_supervisor.py::test_P5_a_job_that_was_never_handed_over_fails_at_its_deadline",),
+    ),
+    Break(
+        "a deadline that passes in the processor is called a failure",
+        "P4",
+        "core.py",
+        (
+            (
+                "        if job.place == HANDED_OVER:\n            return Out",
+                "        if False:\n            return Out",
+            ),
+        ),
+        (
+            "test_supervisor.py::test_P5_a_job_that_the_processor_still_holds_is_unknown_at_its_deadline"
+            "_and_its_late_answer_is_dropped",
+        ),
+    ),
+    Break(
+        "one exception instance for all",
+        "P1",
+        "judge.py",
+        (("        yield copied(error)\n", "        yield error\n"),),
+        ("test_judge.py::test_a_batch_that_raised_fails_each_job_with_an_error_of_its_own",),
+    ),
+    Break(
+        "callbacks that raise SystemExit pass",
+        "P1",
+        "job.py",
+        (
+            (
+                '                except BaseException:\n                    _log.exception("exception calling callback',
+                '                except Exception:\n                    _log.exception("exception calling callback',
+            ),
+        ),
+        ("test_threads.py::test_p1_a_callback_that_raises_changes_nothing[SystemExit]",),
+    ),
+    Break(
+        "listeners that raise SystemExit pass",
+        "P1",
+        "events.py",
+        (("            except BaseException:\n", "            except Exception:\n"),),
+        ("test_events.py::test_a_listener_that_raises_is_logged_and_changes_nothing",),
+    ),
+    Break(
+        "a history without bound",
+        "P5",
+        "registry.py",
+        (
+            ("while len(self._finished) > self._history:", "while False:"),
+            ("            if expires > now:\n", "            if True:\n"),
+        ),
+        ("test_registry.py::test_the_history_is_bounded_and_the_oldest_leave_first",),
+    ),
+    Break(
+        "submit waits on the worker",
+        "P6",
+        "core.py",
+        ((" and not nested and not self.on_own_thread()", ""),),
+        ("test_batcher.py::test_a_submit_on_a_worker_never_waits_for_it",),
+        seconds=6,
+    ),
+    Break(
+        "an unknown outcome is retried by retry_on",
+        "P4",
+        "judge.py",
+        (
+            (
+                "if self._retry is None or isinstance(error, OutcomeUnknown) or not isinstance(error, Exception):",
+                "if self._retry is None or not isinstance(error, Exception):",
+            ),
+        ),
+        ("test_judge.py::test_P4_retry_on_does_not_cover_an_unknown_outcome",),
+    ),
+    Break(
+        "an undecided batch comes back in pieces",
+        "P4",
+        "worker.py",
+        (("together = isinstance(first, Again) and first.undecided", "together = False"),),
+        ("test_threads.py::test_p4_an_undecided_batch_comes_back_unchanged_alone_with_its_id",),
+    ),
+    Break(
+        "an undecided batch that a dead worker had taken comes back in pieces",
+        "P4",
+        "worker.py",
+        (("job.place = QUEUED if job.undecided is None else WAITING", "job.place = QUEUED"),),
+        ("test_supervisor.py::test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_same_batch",),
+    ),
+    Break(
+        "an undecided batch is decided by a processor that cannot be opened",
+        "P4",
+        "worker.py",
+        (("        if undecided is None:\n            return error\n", "        return error\n"),),
+        ("test_threads.py::test_p4_a_failing_open_leaves_an_undecided_batch_undecided",),
+    ),
+    Break(
+        "no exit hooks",
+        "P6",
+        "life.py",
+        (("call_before_threads_end(_flush_before_threads_end)\natexit.register(_close_at_exit)\n", ""),),
+        ("test_exit.py::test_P6_everything_accepted_is_drained_at_exit[returns-queued]",),
+    ),
+    Break(
+        "no early exit hook",
+        "P6",
+        "life.py",
+        (("call_before_threads_end(_flush_before_threads_end)\n", ""),),
+        ("test_fork.py::test_P6_multiprocessing_children_drain_before_they_end[fork-work]",),
+    ),
+    Break(
+        "a dead worker is not noticed",
+        "P1",
+        "supervisor.py",
+        (("if worker.gone]", "if False]"),),
+        ("test_supervisor.py::test_P1_what_a_dead_worker_had_not_handed_over_is_done_by_the_next_one",),
+    ),
+    Break(
+        "a dead worker keeps its jobs",
+        "P1",
+        "worker.py",
+        (("if job.verdict is None and job.place == HANDED_OVER:", "if False:"),),
+        (
+            "test_supervisor.py::test_P1_what_a_dead_worker_held_is_unknown_what_it_only_took_is_queued_again"
+            "_and_another_takes_its_place",
+        ),
+    ),
+    Break(
+        "priority is ignored",
+        "API",
+        "queues.py",
+        (('priority = getattr(item, "priority", 0)', "priority = 0"),),
+        ("test_queues.py::test_memory_queue_is_a_stable_sort_by_priority_whatever_goes_in_and_out",),
+    ),
+    Break(
+        "a foreign queue doubles a job",
+        "P4",
+        "collector.py",
+        (("        if intake.doubles:\n", "        if False:\n"),),
+        ("test_queues.py::test_P4_a_queue_that_gives_too_much_and_twice_doubles_no_job_and_overfills_no_batch",),
+    ),
+    Break(
+        "linger counts from the newest job",
+        "P8",
+        "collector.py",
+        (
+            (
+                "        oldest = min(job.submitted for job in intake.open)",
+                "        oldest = max(job.submitted for job in intake.open)",
+            ),
+            ('    return "linger" if min(', '    return "linger" if max('),
+        ),
+        ("test_collector.py::test_linger_counts_from_the_oldest_job",),
+    ),
+    Break(
+        "a lone job waits",
+        "P8",
+        "collector.py",
+        (
+            ("    if not linger:\n", "    if not linger and len(jobs) > 1:\n"),
+            ('    return "linger" if', '    linger = linger or 0.2\n    return "linger" if'),
+        ),
+        ("test_collector.py::test_P8_a_lone_job_is_taken_at_once",),
+    ),
+    Break(
+        "flush does not wait for the futures",
+        "P5",
+        "core.py",
+        (("            return self.unresolved()\n", "            return []\n"),),
+        ("test_batcher.py::test_P5_flush_gives_up_at_its_timeout_and_the_jobs_go_on",),
+    ),
+    Break(
+        "a blocked submit is forgotten at shutdown",
+        "P6",
+        "core.py",
+        (("self.blocked.popleft()[1].put(None)", "self.blocked.popleft()"),),
+        ("test_batcher.py::test_P6_a_blocked_submit_is_refused_when_shutdown_begins",),
+        seconds=6,
+    ),
+    Break(
+        "a shutdown tells its last event before the others",
+        "P6",
+        "supervisor.py",
+        (("if busy and now < self._close_by:", "if False:"),),
+        ("test_batcher.py::test_P6_the_last_event_is_the_last",),
+    ),
+    Break(
+        "the model: the outcome is counted when it is told",
+        "P1",
+        "core.py",
+        (("        counters.failed += status is FAILED\n", "        counters.failed += status is not COMPLETED\n"),),
+        ("test_model.py::TestInlineModel",),
+    ),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.breaks", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="say which there are")
+    parser.add_argument("--jobs", type=int, default=2, help="so many at a time")
+    arguments = parser.parse_args(argv)
+    strangers = set(arguments.names) - {each.name for each in BREAKS}
+    if strangers:
+        parser.error(f"no break has the name {', '.join(map(repr, sorted(strangers)))}; see --list")
+    chosen = [each for each in BREAKS if not arguments.names or each.name in arguments.names]
+    if arguments.list:
+        print("\n".join(f"{each.promise:4} {each.name}" for each in chosen))
+        return 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        unbroken = [pool.submit(check_unbroken, tests) for tests in halves(chosen)]
+        found = list(pool.map(check, chosen))
+        sound = [future.result() for future in unbroken]
+    print(f"{sum(found)} of {len(found)} breaks are noticed")
+    return not all(sound + found)
+
+
+def halves(chosen: list[Break]) -> list[list[str]]:
+    tests = list(dict.fromkeys(test for broken in chosen for test in broken.tests))
+    return [half for half in (tests[::2], tests[1::2]) if half]
+
+
+def check_unbroken(tests: list[str]) -> bool:
+    """A test that fails anyway notices nothing: all of them pass on an unbroken copy."""
+    with tempfile.TemporaryDirectory(prefix="microbatch-breaks-") as directory:
+        copy(Path(directory))
+        code, output = run(tests, Path(directory), seconds=60)
+    if code != 0:
+        print(f"the tests fail without any break:\n{output[-3000:]}", flush=True)
+    return code == 0
+
+
+def check(broken: Break) -> bool:
+    """Whether its tests notice the break; says how."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="microbatch-breaks-") as directory:
+        copy(Path(directory))
+        verdict = apply(broken, Path(directory))
+        noticed = False
+        if verdict is None:
+            code, output = run(broken.tests, Path(directory), broken.seconds)
+            by = re.search(r"^(?:FAILED|ERROR) \S*/(\S+)", output, re.MULTILINE)
+            # Only a test that failed counts, or one that had to be stopped: not one that could not be collected.
+            noticed = code == 1 or code is None
+            verdict = f"noticed by {by[1] if by else 'a test that hangs'}"
+            if not noticed:
+                verdict = f"NOT NOTICED, pytest exited with {code}\n{output[-1000:]}"
+    print(f"{broken.promise:4} {broken.name} ({time.monotonic() - began:.0f} s): {verdict}", flush=True)
+    return noticed
+
+
+def copy(directory: Path) -> None:
+    for part in ("microbatch", "tests"):
+        shutil.copytree(ROOT / part, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.rst"):
+        shutil.copy(ROOT / name, directory / name)
+
+
+def apply(broken: Break, directory: Path) -> str | None:
+    """Change the copy; what is wrong if the break does not fit the source any more."""
+    path = directory / "microbatch" / broken.file
+    text = path.read_text()
+    for old, new in broken.edits:
+        if text.count(old) != 1:
+            return f"DOES NOT APPLY, its text stands {text.count(old)} times in {broken.file}: {old!r}"
+        text = text.replace(old, new)
+    compile(text, str(path), "exec")
+    path.write_text(text)
+    return None
+
+
+def run(tests: Sequence[str], directory: Path, seconds: int) -> tuple[int | None, str]:
+    """pytest's exit code, None if it had to be stopped, and what it said."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", f"--timeout={seconds}", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(directory), "MICROBATCH_MODEL_EXAMPLES": "100"}
+    process = subprocess.Popen(
+        [*command, *(f"tests/{test}" for test in tests)],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Its children too: a broken fork may leave some.
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    return process.returncode, output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

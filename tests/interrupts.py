@@ -1,0 +1,100 @@
+"""An exception at every point where the interpreter may raise one from a signal handler or another thread."""
+
+from __future__ import annotations
+
+import itertools
+import opcode
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Interrupt(BaseException):
+    """Like a KeyboardInterrupt, and nobody else's."""
+
+
+# The interpreter looks for something to raise after these instructions, and where a function begins. 3.10 does it
+# after every jump that is taken.
+_LOOKS = {
+    number
+    for name, number in opcode.opmap.items()
+    if name.startswith(("CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD"))
+    or (sys.version_info < (3, 11) and "JUMP" in name and name != "JUMP_FORWARD")
+}
+# ... and 3.10 does not before these, so that what was just entered or acquired can be protected.
+_SHIELDED = {
+    number
+    for name, number in opcode.opmap.items()
+    if sys.version_info < (3, 11) and name in ("SETUP_FINALLY", "SETUP_WITH", "BEFORE_ASYNC_WITH", "YIELD_FROM")
+}
+
+
+class _Injector:
+    """Raises `Interrupt` at the *n*-th such point of the calling thread, counted from 0."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+        self._last: dict[FrameType, int] = {}
+        self.where = ""
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "call":
+            # Python 3.13 takes the wish for opcodes only from a frame that is traced already.
+            frame.f_trace = self
+            frame.f_trace_opcodes = True
+            frame.f_trace_lines = False
+        if event == "opcode":
+            self._opcode(frame)
+        elif event == "return":
+            self._last.pop(frame, None)
+        return self
+
+    def _opcode(self, frame: FrameType) -> None:
+        now = frame.f_code.co_code[frame.f_lasti]
+        before = self._last.get(frame)
+        self._last[frame] = now
+        if now in _SHIELDED or not (before is None or before in _LOOKS):
+            return
+        self._left -= 1
+        if self._left == -1:
+            self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"
+            raise Interrupt(self.where)
+
+
+def interrupted_everywhere(prepare: Callable[[], T], call: Callable[[T], object]) -> Iterator[tuple[str, T]]:
+    """Run *call* on what *prepare* makes again and again, interrupted one point later each time, until it gets through.
+
+    Yields, after each interruption, where it was and what was prepared. *call* must do the same every time.
+    """
+    for n in itertools.count():
+        injector = _Injector(n)
+        prepared = prepare()
+        outer = sys.gettrace()
+        # Python 3.12 traces opcodes only where a frame asked for it before `settrace`.
+        sys._getframe().f_trace_opcodes = True
+        sys.settrace(injector)
+        try:
+            call(prepared)
+        except BaseException:
+            # Sometimes it comes out as another: a `with` that was interrupted half-way fails to release its lock.
+            if not injector.where:
+                raise
+        finally:
+            sys.settrace(outer)
+        if not injector.where:
+            return
+        yield injector.where, prepared
+
+
+def bounded(call: Callable[[], object], seconds: float = 10.0) -> Any:
+    """What *call* returns on a thread of its own; an AssertionError if it hangs."""
+    answer: list[Any] = []
+    thread = threading.Thread(target=lambda: answer.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert answer, "it hangs, or raised"
+    return answer[0]

@@ -1,0 +1,26 @@
+"""What a user's editor and a strict mypy make of the API."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_strict_mypy_agrees_with_every_use_and_refuses_every_misuse(pytestconfig: pytest.Config) -> None:
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy is not installed; `.ci/run` checks the same file with the library itself")
+    assert pytestconfig.cache is not None
+    command = [sys.executable, "-m", "mypy", "--strict", "--warn-unreachable", "--config-file=", "tests/typing/use.py"]
+    cache = pytestconfig.cache.mkdir("mypy")
+    done = subprocess.run([*command, f"--cache-dir={cache}"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "microbatch" / "py.typed").exists()
