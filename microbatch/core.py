@@ -14,10 +14,10 @@ list of jobs in flight and the supervisor's list of owed futures survive an inte
 
 Rules for code under the lock. It is re-entrant, so that a finaliser may submit from inside it: only single
 operations of C types on shared structures, no iteration over a dict that may grow, no I/O, no stranger's code (a
-foreign queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no backward jump, for these
-are the places where CPython runs signal handlers, finalisers and injected exceptions. A loop stands in a function of its own, not in
-the `with`: where a condition ends it, Python 3.12 and 3.13 let an exception out at the jump back without a release
-(python/cpython#108214; a test finds such loops).
+foreign queue excepted, which is used nowhere else). "Uninterrupted" means: no call and no jump, for these are the
+places where CPython runs signal handlers, finalisers and injected exceptions (3.10 after any jump that is taken, later
+ones after a backward one). A loop stands in a function of its own, not in the `with`: where a condition ends it,
+Python 3.12 and 3.13 let an exception out at the jump back without a release (python/cpython#108214; a test finds it).
 """
 
 from __future__ import annotations

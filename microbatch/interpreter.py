@@ -208,11 +208,20 @@ class Waiters(list[Any]):
 
 def call_before_threads_end(function: Callable[[], None]) -> None:
     """Have *function* called at exit while threads still run, in `multiprocessing` children too."""
+    # Imported first, because hooks run in reverse: the one of this module forbids every executor new work, and the
+    # processor may need one until everything is drained.
+    import concurrent.futures.thread  # noqa: F401
+
     register = getattr(threading, "_register_atexit", None)
     if register is None:
-        from multiprocessing.util import Finalize
+        from multiprocessing.util import Finalize, register_after_fork
 
-        Finalize(None, function, exitpriority=100)
+        def finalize(function: Callable[[], None]) -> None:
+            Finalize(None, function, exitpriority=100)
+
+        finalize(function)
+        # A forked child begins with none.
+        register_after_fork(function, finalize)
         return
     try:
         register(function)

@@ -38,7 +38,8 @@ class Told:
     def __repr__(self) -> str:
         counts = dict(Counter(line[0] for line in self.lines))
         last = "\n".join(" ".join(line) for line in self.lines[-10:])
-        return f"exit code {self.code} after {self.seconds:.2f} s, {counts}, the last:\n{last}\nstderr:\n{self.stderr[-6000:]}"
+        errors = self.stderr[-6000:]
+        return f"exit code {self.code} after {self.seconds:.2f} s, {counts}, the last:\n{last}\nstderr:\n{errors}"
 
     def said(self, word: str) -> list[str]:
         """The things noted under *word*, in order, without the process."""

@@ -8,7 +8,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, as_completed, wait
 from typing import Any
 
 import pytest
@@ -492,6 +492,15 @@ def test_P5_execute_is_bounded_by_its_delivery_timeout() -> None:
         batcher.execute("job", delivery_timeout=5)
 
 
+def test_P5_a_retry_does_not_hold_up_its_neighbours() -> None:
+    retry = Steady(backoff=PATIENCE / 2, backoff_max=PATIENCE / 2, retry_on=OSError)
+    with MicroBatcher[Any, Any](FaultyProcessor([OSError()]), retry=retry, delivery_timeout=PATIENCE) as batcher:
+        again = batcher.submit("again")
+        assert batcher.submit("neighbour").result(PATIENCE / 4) == "neighbour"
+        assert not again.done()
+        batcher.shutdown(wait=False, timeout=0)
+
+
 def test_what_would_wait_for_itself_is_refused_on_the_worker() -> None:
     told: dict[str, Any] = {}
 
@@ -603,6 +612,15 @@ def test_a_cancelled_job_is_never_handed_over() -> None:
     assert batcher.stats().cancelled == 1
 
 
+def test_P1_a_cancelled_job_is_done_for_who_waits_for_several() -> None:
+    batcher = Inline(FaultyProcessor())
+    with batcher.hold():
+        gone, kept = batcher.submit_many("ab")
+        gone.cancel()
+        assert wait([gone, kept], timeout=0) == ({gone}, {kept})
+    assert list(as_completed([gone], timeout=0)) == [gone]
+
+
 def test_cancelling_tells_once_and_runs_the_callbacks() -> None:
     told: list[Any] = []
     batcher = Inline(FaultyProcessor())
@@ -622,6 +640,20 @@ def test_a_job_that_the_processor_holds_cannot_be_cancelled() -> None:
         assert not running.cancel()
         gated.let_go()
         assert running.result(PATIENCE) == "busy"
+
+
+def test_P7_an_inherited_future_has_no_hold_on_the_jobs_of_the_child() -> None:
+    batcher = Inline(FaultyProcessor())
+    with batcher.hold():
+        inherited = batcher.submit_many("abc")
+        inherited[2].cancel()
+        batcher._core.forget_parent()  # what a fork does to the child
+        own = batcher.submit_many("def")
+        assert [future._sequence for future in own] == [future._sequence for future in inherited]
+        assert [future.cancel() for future in inherited] == [False, False, True]
+        assert batcher.status(inherited[0].job_id) is JobStatus.UNKNOWN
+        assert [future.status for future in own] == [JobStatus.PENDING] * 3
+    assert [future.result() for future in own] == ["d", "e", "f"]
 
 
 # flush.
@@ -679,6 +711,61 @@ def test_P6_shutdown_processes_what_was_accepted_retries_included() -> None:
     assert [future.result() for future in futures] == ["a", "b"]
     assert report == ShutdownReport(completed=2, failed=0, cancelled=0, unknown=0, undelivered=(), finished=True)
     assert batcher.stats().triggers == {"size": 0, "idle": 0, "linger": 0, "flush": 0, "retry": 0, "shutdown": 2}
+
+
+class Turnstile:
+    """A lock before which somebody else gets his turn, once."""
+
+    def __init__(self, lock: Any, first: Callable[[], object]) -> None:
+        self.lock = lock
+        self.first: Callable[[], object] | None = first
+
+    def __enter__(self) -> None:
+        first, self.first = self.first, None
+        if first is not None:
+            first()
+        self.lock.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self.lock.__exit__(*exc)
+
+    def _is_owned(self) -> bool:
+        return bool(self.lock._is_owned())
+
+
+@pytest.mark.parametrize("submit", ["submit", "submit_many"])
+def test_P6_no_submit_slips_past_the_end_of_a_shutdown(submit: str) -> None:
+    processor = FaultyProcessor[Any, Any]()
+    batcher = Inline(processor)
+    batcher.submit("first")
+    core: Any = batcher._core
+    core.lock = Turnstile(core.lock, core.close)
+    with pytest.raises(BatcherClosed):
+        getattr(batcher, submit)("x")
+    assert batcher.shutdown().finished
+    assert processor.batches == [("first",)]
+    assert batcher.stats().submitted == 1
+
+
+def test_P6_the_last_event_is_the_last() -> None:
+    told: list[Any] = []
+    began, go_on = threading.Event(), threading.Event()
+    batcher = MicroBatcher[Any, Any](FaultyProcessor())
+
+    @batcher.on(JobCompleted)
+    def slow(event: JobCompleted) -> None:
+        began.set()
+        assert go_on.wait(PATIENCE)
+
+    for event_type in (JobCompleted, BatchCompleted, BatcherShutDown):
+        batcher.on(event_type, told.append)
+    batcher.submit("a")
+    assert began.wait(PATIENCE)
+    closing = in_thread(batcher.shutdown)
+    assert not batcher.shutdown(timeout=0).finished
+    go_on.set()
+    assert closing().finished
+    assert [type(event) for event in told] == [JobCompleted, BatchCompleted, BatcherShutDown]
 
 
 def test_P6_shutdown_waits_for_retries_also_with_threads() -> None:

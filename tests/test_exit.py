@@ -422,6 +422,30 @@ def test_P6_the_first_submit_of_a_process_in_a_thread_that_outlives_the_main_one
     assert told.seconds < GRACE
 
 
+def test_P6_a_processor_with_an_executor_of_its_own_drains(tmp_path: Path) -> None:
+    told = run(
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        executor = ThreadPoolExecutor(4)
+        # Its threads start now: at the end newer Pythons start none.
+        list(executor.map(time.sleep, [0.1] * 4))
+
+        class Spreads(Writer):
+            def process(self, batch):
+                time.sleep(0.1)
+                return list(executor.map(lambda job: note("processed", job), batch))
+
+        batcher = MicroBatcher(Spreads())
+        submit(batcher, range(20))
+        """,
+        tmp_path,
+    )
+
+    told.assert_quiet()
+    told.assert_drained(20)
+
+
 def test_P6_batchers_made_while_the_process_ends_do_not_disturb_it(tmp_path: Path) -> None:
     told = run(
         """

@@ -491,6 +491,34 @@ def test_P6_multiprocessing_children_drain_before_they_end(tmp_path: Path, metho
     assert len(told.said("closed")) == 4
 
 
+def test_P6_multiprocessing_children_drain_where_the_private_hook_is_missing(tmp_path: Path) -> None:
+    told = run(
+        """
+        import concurrent.futures.thread, threading
+        del threading._register_atexit
+        from ledger import *
+        from microbatch import *
+        import multiprocessing
+
+        def target():
+            submit(batcher, [f"child-{job}" for job in range(20)])
+
+        batcher = MicroBatcher(Writer(0.02), max_batch_size=3)
+        submit(batcher, [f"parent-{job}" for job in range(20)])
+        process = multiprocessing.get_context("fork").Process(target=target)
+        process.start()
+        process.join(50)
+        note("joined", process.exitcode)
+        """,
+        tmp_path,
+        preamble="",
+    )
+
+    assert_every_child_is_well(told)
+    told.assert_drained(40)
+    assert_processed_once_by_its_own(told)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_P6_children_of_a_pool_and_of_an_executor_drain_before_they_end(tmp_path: Path, method: str) -> None:
     (tmp_path / "children.py").write_text(MODULE)

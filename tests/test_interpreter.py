@@ -103,7 +103,7 @@ def test_where_the_rlock_is_not_known_the_condition_of_the_stdlib_serves() -> No
 def test_at_exit_without_the_private_hook_the_public_one_of_multiprocessing_serves() -> None:
     said = program(
         """
-        import threading
+        import concurrent.futures.thread, threading
         del threading._register_atexit
         from microbatch.interpreter import call_before_threads_end
         call_before_threads_end(lambda: print("called"))

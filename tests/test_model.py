@@ -6,7 +6,7 @@ drives the real thing and checks what holds whenever the threads run.
 The model never looks at how the library decides. It keeps three ledgers of its own: what was submitted, what the
 processor saw and wrote into its table, what callbacks and listeners heard. The promises are relations between them.
 
-`MICROBATCH_MODEL_EXAMPLES=20000` for a long night.
+`MICROBATCH_MODEL_EXAMPLES=20000` for a long night; `MICROBATCH_MODEL_SHRINK=no` where it is enough that one fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -46,16 +46,19 @@ from microbatch import (
     ProcessorContractError,
     QueueFull,
     RetryPolicy,
+    WorkerDied,
 )
 from microbatch.testing import InlineBatcher
 
 EXAMPLES = int(os.environ.get("MICROBATCH_MODEL_EXAMPLES", "300"))
+SHRINK = os.environ.get("MICROBATCH_MODEL_SHRINK") != "no"
 SETTINGS = settings(
     max_examples=EXAMPLES,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
+    phases=[phase for phase in Phase if phase is not Phase.shrink or SHRINK],
 )
 
 
@@ -310,6 +313,7 @@ RETRIES: list[RetryPolicy | None] = [
     Steady(backoff=1.0, backoff_max=8.0),
     Steady(max_attempts=2, backoff=0.5, backoff_max=8.0),
     Steady(max_attempts=3, backoff=0.0),
+    Steady(max_attempts=3, backoff=1.0, retry_on=Exception),
 ]
 MISCHIEF = ["raise", "exit", "submit", "cancel", "submit many", "shut down"]
 
@@ -326,7 +330,7 @@ class Ledgers:
         self.numbers = iter(range(10**9))
         self.heard: list[Any] = []
         self.violations: list[AssertionError] = []
-        self.rejected = 0
+        self.rejected = self.lost_batches = 0
         self.closed = False
         self.book = threading.RLock()
 
@@ -448,7 +452,7 @@ class Ledgers:
             retry = self.batcher._core.options.retry
             assert retry is None or retry.max_attempts is not None, "what can be retried is retried"
         if isinstance(answer, DeliveryTimeout):
-            assert answer.__cause__ is None or isinstance(answer.__cause__, Lost)
+            assert answer.__cause__ is None or not isinstance(answer.__cause__, OutcomeUnknown)
 
     def check_rows_to_the_end(self) -> None:
         """P4 also of what came after the outcome."""
@@ -457,7 +461,7 @@ class Ledgers:
             assert len(job.ended) == 1, "one outcome, one call of each callback"
             assert job.final is not None
             self.check_truth(job, *job.final)
-            if job.final[0] is UNKNOWN:
+            if job.final[0] is UNKNOWN and not isinstance(job.final[1], WorkerDied):
                 held = self.table.seen.get(job.final[1].batch_id, ())
                 assert Payload(job.n) in held, "unknown only where the processor had it"
         errors = [id(job.final[1]) for job in self.jobs.values() if job.final and job.final[0] in (FAILED, UNKNOWN)]
@@ -475,7 +479,7 @@ class Ledgers:
             assert (stats.completed, stats.failed) == (counts[COMPLETED], counts[FAILED])
             assert (stats.cancelled, stats.unknown) == (counts[CANCELLED], counts[UNKNOWN])
             assert stats.rejected == self.rejected
-            assert stats.batches == self.table.calls + self.table.failed_openings
+            assert stats.batches == self.table.calls + self.table.failed_openings + self.lost_batches
             assert stats.isolated == self.table.isolated
 
     def check_events(self) -> None:
@@ -495,7 +499,8 @@ class Ledgers:
         stats = self.batcher.stats()
         assert sum(isinstance(event, JobRetrying) for event in self.heard) == stats.retries
         told = sum(isinstance(event, (BatchCompleted, BatchFailed)) for event in self.heard)
-        assert told <= stats.batches <= told + self.table.late, "every batch but one that the shutdown did not wait for"
+        stopped = self.table.late + self.lost_batches  # not waited for by the shutdown, or by a worker that died
+        assert told <= stats.batches <= told + stopped, "every batch is told"
         assert sum(isinstance(event, BatcherShutDown) for event in self.heard) == 1
         assert isinstance([event for event in self.heard if not isinstance(event, JobSubmitted)][-1], BatcherShutDown)
 
@@ -687,6 +692,18 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
             for payload, future in zip(payloads, futures, strict=True):
                 self.accept(payload, future, submitted, lifetime, priority, None, None)
 
+    @rule(
+        lifetimes=st.lists(st.sampled_from([1.0, 3.0, 20.0]), min_size=2, max_size=5),
+        first=st.sampled_from(sorted(SCRIPT)),
+    )
+    def submit_a_few_and_step(self, lifetimes: list[float], first: str) -> None:
+        """Jobs of different patience in one batch, and what becomes of it."""
+        for lifetime in lifetimes:
+            self.submit(priority=0, job_id=None, lifetime=lifetime, mischief=None)
+        self.table.script.appendleft(first)
+        if self.jobs:
+            self.step()
+
     @precondition(lambda self: self.jobs)
     @rule(pick=st.integers(0, 1000))
     def cancel(self, pick: int) -> None:
@@ -703,9 +720,23 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
             self.look()
             seen = self.table.calls + self.table.failed_openings
             ready = [job for job in self.outstanding() if job.future.status is PENDING and job.deadline > self.now()]
+            oldest = min((job.submitted for job in ready), default=NEVER)
             self.batcher._worker.turn(wait=False)
-            if ready and not self.options["linger"]:
-                assert self.table.calls + self.table.failed_openings > seen, "P8: what is queued is not made to wait"
+            if oldest + self.options["linger"] <= self.now():
+                assert self.table.calls + self.table.failed_openings > seen, "P8: nothing waits longer than it lingers"
+
+    @precondition(lambda self: self.jobs)
+    @rule(holding=st.booleans())
+    def worker_dies(self, holding: bool) -> None:
+        """Between two batches, or with the next one in its hands; the supervisor looks."""
+        batches = self.batcher.stats().batches
+        with self.at_work():
+            worker: Any = self.batcher._worker
+            if holding:
+                worker._collect(wait=False)
+            worker.gone = True
+            self.look()
+        self.lost_batches += self.batcher.stats().batches - batches
 
     @rule()
     def run_to_the_end(self) -> None:
@@ -722,6 +753,7 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
         assert self.batcher.flush() is True
         assert self.outstanding() == []
 
+    @precondition(lambda self: len(self.jobs) > 4)
     @rule(timeout=st.sampled_from([None, None, 0.0, 0.5, 5.0]), cancel_futures=st.booleans(), at_once=st.booleans())
     def shutdown(self, timeout: float | None, cancel_futures: bool, at_once: bool) -> None:
         before = {job.n: job.future.status for job in self.outstanding()}

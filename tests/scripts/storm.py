@@ -163,7 +163,7 @@ def by_asynchronous_exceptions() -> list[Client]:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         with lock:
-            victim = next(iter(armed), None)
+            victim = next(iter(armed.copy()), None)
             if victim is not None:
                 armed.discard(victim)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(victim), ctypes.py_object(Interrupt))
