@@ -201,7 +201,7 @@ class Waiters(list[Any]):
     """The calls of `wait` and `as_completed` that wait for a future: each gets a `Bell` for its `Event`."""
 
     def append(self, waiter: Any) -> None:
-        if type(waiter.event) is threading.Event:
+        if type(getattr(waiter, "event", None)) is threading.Event:
             waiter.event = Bell()
         super().append(waiter)
 

@@ -111,6 +111,7 @@ _CANCELLED_STATUS = JobStatus.CANCELLED
 # Guards the birth of every future's condition, and the end of every future that has none. Never taken while the
 # batcher's lock is held: a finaliser that runs under it may submit.
 _births = threading.RLock()
+_births_of = os.getpid()
 
 
 class _LateCondition:
@@ -398,9 +399,11 @@ def _complete_one_by_one(jobs: list[Job]) -> list[Job]:
 
 
 def renew_lock() -> None:
-    """In a forked child: another thread may have held it."""
-    global _births
-    _births = threading.RLock()
+    """In a forked child, once: another thread may have held it."""
+    global _births, _births_of
+    if _births_of != os.getpid():
+        _births = threading.RLock()
+        _births_of = os.getpid()
 
 
 def _take_and_call(callbacks: dict[object, Any], key: object, future: JobFuture[Any]) -> None:

@@ -98,23 +98,30 @@ def _flush_before_threads_end() -> None:
     for core, futures in waiting:
         wait_for_all(futures, _time_left(core))
     if in_multiprocessing_child():
-        _close_on_a_thread()
+        _close_after_other_threads()
 
 
-def _close_on_a_thread() -> None:
-    """Such a child ends without `atexit`, once the last thread that is no daemon has ended: this one."""
+def _close_after_other_threads() -> None:
+    """Such a child ends without `atexit`, once the last thread that is no daemon has ended."""
+    if not _other_threads():
+        _close_at_exit()
+        return
     try:
-        threading.Thread(target=_close_after_other_threads, name="microbatch-exit", daemon=False).start()
+        threading.Thread(target=_join_and_close, name="microbatch-exit", daemon=False).start()
     except RuntimeError:
         pass
 
 
-def _close_after_other_threads() -> None:
-    mine = (threading.main_thread(), threading.current_thread())
-    while others := [thread for thread in threading.enumerate() if not thread.daemon and thread not in mine]:
+def _join_and_close() -> None:
+    while others := _other_threads():
         for thread in others:
             thread.join()
     _close_at_exit()
+
+
+def _other_threads() -> list[threading.Thread]:
+    mine = (threading.main_thread(), threading.current_thread())
+    return [thread for thread in threading.enumerate() if not thread.daemon and thread not in mine]
 
 
 def _close_at_exit() -> None:

@@ -42,13 +42,20 @@ class Supervisor:
         """Until the shutdown is complete. An exception from outside is logged and survived."""
         while True:
             try:
-                # In a child forked on this thread another one has the place, or will have it.
-                if not self.check() or self.core.supervisor is not self:
-                    return
-                self._sleep()
+                # A `for`: on every interpreter its jump back lies inside the `try`.
+                for _ in iter(self._round, False):
+                    pass
+                return
             except BaseException:
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
                 self._recover()
+
+    def _round(self) -> bool:
+        # In a child forked on this thread another one has the place, or will have it.
+        if not self.check() or self.core.supervisor is not self:
+            return False
+        self._sleep()
+        return True
 
     def _recover(self) -> None:
         core = self.core

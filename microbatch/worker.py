@@ -55,6 +55,7 @@ class Worker:
         self.judge = Judge(core.processor.is_retryable, core.options.retry)
         self.jobs: list[Job] = []
         self.batch: Batch[Any] | None = None
+        self.answers: list[Answer] = []  # of the batch that is settled: the ends that are this worker's to tell
         self.opened = core.processor.open is None
         self.processing = False
         self.abandoned = False
@@ -69,8 +70,10 @@ class Worker:
         """Until the batcher is closed and empty. An exception ends it only if it hits the recovery as well."""
         while True:
             try:
-                if not self.turn():
-                    return
+                # A `for`: on every interpreter its jump back lies inside the `try`.
+                for _ in iter(self.turn, False):
+                    pass
+                return
             except BaseException:
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
                 self.recover()
@@ -231,6 +234,7 @@ class Worker:
         core, batch, jobs = self.core, self.batch, self.jobs
         if batch is None:
             return
+        self.answers = outcome.answers
         retried = self._decide(batch, outcome)
         for job in job_module.complete(jobs):
             conclude(job)
@@ -364,7 +368,13 @@ class Worker:
         core.intake.rebuild(lambda: list(core.outstanding.values()))
         core.ring_worker()  # another one may be asleep, and what this one had taken is back in the queue
         core.after_ends()
-        return [job for job in self.jobs if job.verdict is not None]
+        # Not what the supervisor ended meanwhile: it tells that itself, and may have done so.
+        own = {id(answer) for answer in self.answers}
+        return [
+            job
+            for job in self.jobs
+            if job.verdict is not None and (id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))
+        ]
 
     def _resolve(self, job: Job) -> None:
         conclude(job)

@@ -11,6 +11,7 @@ pass all the same; and if they fail on an unbroken copy.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -290,7 +291,7 @@ BREAKS = (
                 '                except Exception:\n                    _log.exception("exception calling callback',
             ),
         ),
-        ("test_threads.py::test_p1_a_callback_that_raises_changes_nothing[SystemExit]",),
+        ("test_batcher.py::test_P1_what_listeners_and_callbacks_raise_changes_nothing[SystemExit]",),
     ),
     Break(
         "listeners that raise SystemExit pass",
@@ -380,6 +381,13 @@ BREAKS = (
             "test_supervisor.py::test_P1_what_a_dead_worker_held_is_unknown_what_it_only_took_is_queued_again"
             "_and_another_takes_its_place",
         ),
+    ),
+    Break(
+        "a dead worker tells what the supervisor has told",
+        "P1",
+        "worker.py",
+        (("(id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))", "True"),),
+        ("test_supervisor.py::test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies",),
     ),
     Break(
         "priority is ignored",
@@ -495,10 +503,10 @@ def check(broken: Break) -> bool:
         noticed = False
         if verdict is None:
             code, output = run(broken.tests, Path(directory), broken.seconds)
-            by = re.search(r"^(?:FAILED|ERROR) \S*/(\S+)", output, re.MULTILINE)
+            by = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)
             # Only a test that failed counts, or one that had to be stopped: not one that could not be collected.
             noticed = code == 1 or code is None
-            verdict = f"noticed by {by[1] if by else 'a test that hangs'}"
+            verdict = f"noticed by {by[1] if by else 'a run that had to be stopped'}"
             if not noticed:
                 verdict = f"NOT NOTICED, pytest exited with {code}\n{output[-1000:]}"
     print(f"{broken.promise:4} {broken.name} ({time.monotonic() - began:.0f} s): {verdict}", flush=True)
@@ -542,10 +550,16 @@ def run(tests: Sequence[str], directory: Path, seconds: int) -> tuple[int | None
     try:
         output, _ = process.communicate(timeout=RUN_SECONDS)
     except subprocess.TimeoutExpired:
-        # Its children too: a broken fork may leave some.
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
         return None, process.communicate()[0]
+    kill_all(process)
     return process.returncode, output
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Its children too: a broken fork may leave some."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

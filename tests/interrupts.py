@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import itertools
 import opcode
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,6 +35,19 @@ _SHIELDED = {
 }
 
 
+@functools.cache
+def _protections(code: CodeType) -> list[tuple[int, int, int]]:
+    """From, to and whereto of every `try` and `with`; 3.10 keeps them on a stack instead."""
+    if sys.version_info < (3, 11):
+        return []
+    return [(entry.start, entry.end, entry.target) for entry in dis._parse_exception_table(code)]  # type: ignore[attr-defined]
+
+
+def _protection(code: CodeType, offset: int) -> int | None:
+    # The table is flat: each instruction stands in one entry at most, the innermost.
+    return next((target for start, end, target in _protections(code) if start <= offset < end), None)
+
+
 class _Injector:
     """Raises `Interrupt` at the *n*-th such point of the calling thread, counted from 0."""
 
@@ -54,10 +69,16 @@ class _Injector:
         return self
 
     def _opcode(self, frame: FrameType) -> None:
-        now = frame.f_code.co_code[frame.f_lasti]
+        code, offset = frame.f_code, frame.f_lasti
         before = self._last.get(frame)
-        self._last[frame] = now
-        if now in _SHIELDED or not (before is None or before in _LOOKS):
+        self._last[frame] = offset
+        if code.co_code[offset] in _SHIELDED:
+            return
+        # The interpreter raises at the instruction after which it looks, a trace function only at the next one: where
+        # that one is protected otherwise, it would be another experiment.
+        if before is not None and (
+            code.co_code[before] not in _LOOKS or _protection(code, before) != _protection(code, offset)
+        ):
             return
         self._left -= 1
         if self._left == -1:

@@ -495,7 +495,10 @@ def test_P5_execute_is_bounded_by_its_delivery_timeout() -> None:
 def test_P5_a_retry_does_not_hold_up_its_neighbours() -> None:
     retry = Steady(backoff=PATIENCE / 2, backoff_max=PATIENCE / 2, retry_on=OSError)
     with MicroBatcher[Any, Any](FaultyProcessor([OSError()]), retry=retry, delivery_timeout=PATIENCE) as batcher:
+        retrying = threading.Event()
+        batcher.on(JobRetrying, lambda event: retrying.set())
         again = batcher.submit("again")
+        assert retrying.wait(PATIENCE)
         assert batcher.submit("neighbour").result(PATIENCE / 4) == "neighbour"
         assert not again.done()
         batcher.shutdown(wait=False, timeout=0)

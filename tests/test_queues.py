@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microbatch import DeliveryTimeout, MemoryQueue, QueueFull
@@ -140,6 +140,7 @@ class Item:
         self.priority, self.number = priority, number
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(-3, 3), st.none())), st.integers(1, 5))
 def test_memory_queue_is_a_stable_sort_by_priority_whatever_goes_in_and_out(
     moves: list[int | None], at_once: int

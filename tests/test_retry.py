@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microbatch.retry import RetryPolicy
@@ -26,6 +26,7 @@ def test_the_delay_doubles_up_to_its_cap() -> None:
     assert [policy.delay(n, lambda: 1.0) for n in (1, 2, 3, 4, 5)] == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3])
 
 
+@settings(deadline=None)
 @given(
     attempts=st.integers(1, 10**9),
     backoff=st.floats(0, 1e6),

@@ -21,7 +21,7 @@ from microbatch import (
 )
 from microbatch.collector import NEVER
 from microbatch.core import Core
-from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
+from microbatch.testing import FaultyProcessor, InlineBatcher
 
 
 class Steady(RetryPolicy):
@@ -286,6 +286,24 @@ def test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_sa
     assert [future.result() for future in futures] == ["a", "b"]
     assert processor.batches == [("a", "b"), ("a", "b"), ("c",)]
     assert processor.calls[0].id == processor.calls[1].id
+
+
+def test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies() -> None:
+    told: list[Any] = []
+    batcher = InlineBatcher(FaultyProcessor())
+    batcher.on(JobFailed, lambda event: told.append((event.job, type(event.error))))
+    batcher.submit("first")
+    with batcher.hold():
+        batcher.submit("a", delivery_timeout=1)
+        batcher.submit("b")
+        dead: Any = batcher._worker
+        with batcher._core.collecting:
+            dead._collect(wait=False)
+        batcher.clock.advance(1)
+        check(batcher)
+        dead.gone = True
+        check(batcher)
+    assert told == [("a", OutcomeUnknown), ("b", WorkerDied)]
 
 
 def test_P6_the_last_event_is_told_once_and_after_everything_else() -> None:
