@@ -726,8 +726,8 @@ class DeathWatch:
             self.left = True
             core.short = True
             core.ready = False
-            core.alarm.put(None)
-            core.bell.put(None)
+            for token in (core.alarm, core.bell, *core.closers):
+                token.put(None)
 
     __del__ = report
 

@@ -65,16 +65,23 @@ def wait_for_all(futures: list[JobFuture[object]], timeout: float | None) -> boo
 
 def wait_for_finish(core: Core, timeout: float | None) -> bool:
     """Wait until the shutdown is complete, a little past *timeout* for those it ends there."""
+    give_up = NEVER if timeout is None else time.monotonic() + timeout + _GRACE
     token: SimpleQueue[None] = SimpleQueue()
     with core.lock:
         if core.finished:
             return True
         core.closers.append(token)
-    if not finish_without_threads(core):
-        try:
-            token.get(timeout=None if timeout is None else min(timeout + _GRACE, threading.TIMEOUT_MAX))
-        except Empty:
-            pass
+    if finish_without_threads(core):
+        return core.finished
+    try:
+        while not core.finished:
+            if core.short:
+                # Nobody else may be left to see to it.
+                core.replace_dead()
+            left = give_up - time.monotonic()
+            token.get(timeout=None if left == NEVER else min(max(0.0, left), threading.TIMEOUT_MAX))
+    except Empty:
+        pass
     return core.finished
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,11 +58,10 @@ class Clients:
             job += 1
             name = f"{'wait' if number == 0 else 'job'}-{number}-{job}"
             try:
-                connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=10)
-                connection.request("GET", f"/{name}")
-                if connection.getresponse().status == 202:
-                    self.answered.append(name)
-                connection.close()
+                with closing(http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=10)) as connection:
+                    connection.request("GET", f"/{name}")
+                    if connection.getresponse().status == 202:
+                        self.answered.append(name)
             except (OSError, http.client.HTTPException):
                 time.sleep(0.01)
 
