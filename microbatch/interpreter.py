@@ -67,8 +67,8 @@ def rlock_is_known() -> bool:
     )
 
 
-# Who finds the condition locked looks again after so many seconds whether it is still locked for somebody.
-_ROUND = 0.05
+# Who finds the condition locked looks after so many seconds whether it is still locked for somebody.
+_FIRST_ROUND, _ROUND = 0.001, 0.05
 _acquire, _exit = _RLock.acquire, _RLock.__exit__
 
 if TYPE_CHECKING or not rlock_is_known():
@@ -110,10 +110,17 @@ else:
         notify_all = threading.Condition.notify_all
 
         def _acquire_slowly(self, hold: tuple[FrameType, object], blocking: bool) -> bool:
-            holds, timeout = self._holds, _ROUND if blocking else -1
-            while hold not in holds and (self._free_if_lost() or blocking):
+            holds, timeout = self._holds, _FIRST_ROUND if blocking else -1
+            while True:
                 holds.extend(compress((hold,), map(_acquire, (self,), (blocking,), (timeout,))))
-            return hold in holds
+                if hold in holds:
+                    return True
+                # Only now, for somebody else's moment with it is over before a round is.
+                if self._free_if_lost():
+                    continue
+                if not blocking:
+                    return False
+                timeout = _ROUND
 
         def _free_if_lost(self) -> bool:
             holds = self._holds[:]
@@ -148,8 +155,9 @@ def _runs(call: FrameType) -> bool:
             if frame is call:
                 return True
             last, frame = frame, frame.f_back
-        if last.f_code.co_flags & _GENERATOR:
-            # It has stopped while the stack was read, and no longer tells who called it.
+        if getattr(last.f_code, "co_flags", _GENERATOR) & _GENERATOR:
+            # It has stopped while the stack was read, and no longer tells who called it. (Of a call that is just
+            # returning, Python 3.11 shows something else than its code, once in a great while.)
             return True
     return False
 
