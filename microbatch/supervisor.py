@@ -47,8 +47,8 @@ class Supervisor:
                     pass
                 return
             except BaseException:
-                _log.exception("%s was interrupted; it goes on", self.thread.name)
                 self._recover()
+                _log.exception("%s was interrupted; it goes on", self.thread.name)
 
     def _round(self) -> bool:
         # In a child forked on this thread another one has the place, or will have it.

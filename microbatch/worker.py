@@ -75,8 +75,9 @@ class Worker:
                     pass
                 return
             except BaseException:
-                _log.exception("%s was interrupted; it goes on", self.thread.name)
+                # Before the line in the log: a handler may block, and what this thread held must not wait for it.
                 self.recover()
+                _log.exception("%s was interrupted; it goes on", self.thread.name)
 
     def turn(self, wait: bool = True) -> bool:
         """One batch from collecting to its last event; False when there is none (any more, with *wait*)."""
@@ -238,6 +239,8 @@ class Worker:
         retried = self._decide(batch, outcome)
         for job in job_module.complete(jobs):
             conclude(job)
+        # After the futures, for a handler may block.
+        _report(batch, outcome, retried)
         for job in jobs:
             if job.future._done_callbacks and job.verdict is not None:
                 run_callbacks(job.future)
@@ -283,7 +286,6 @@ class Worker:
             if retried:
                 core.ring_worker()
             core.after_ends()
-        _report(batch, outcome, len(retried), delay)
         return retried
 
     def _count(self, outcome: Outcome, now: float) -> None:
@@ -401,11 +403,12 @@ def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:
     return None, error
 
 
-def _report(batch: Batch[Any], outcome: Outcome, retried: int, delay: float) -> None:
+def _report(batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
     """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
     if retried:
         cause = "single jobs failed" if outcome.error is None else type(outcome.error).__name__
-        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, retried, delay)
+        delay = retried[0][2]
+        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, len(retried), delay)
     elif isinstance(outcome.error, OutcomeUnknown):
         kind = type(outcome.error).__name__
         _log.error("batch %s: the outcome of its %d jobs is unknown (%s)", batch.id, len(batch), kind)

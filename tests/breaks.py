@@ -153,12 +153,24 @@ BREAKS = (
         "worker.py",
         (
             (
-                "        _report(batch, outcome, len(retried), delay)\n",
-                "        _report(batch, outcome, len(retried), delay)\n"
-                "        if retried:\n            __import__('time').sleep(delay)\n",
+                "        _report(batch, outcome, retried)\n",
+                "        _report(batch, outcome, retried)\n"
+                "        if retried:\n            __import__('time').sleep(retried[0][2])\n",
             ),
         ),
         ("test_batcher.py::test_P5_a_retry_does_not_hold_up_its_neighbours",),
+    ),
+    Break(
+        "a line in the log before the futures",
+        "P1",
+        "worker.py",
+        (
+            (
+                "            core.after_ends()\n        return retried\n",
+                "            core.after_ends()\n        _report(batch, outcome, retried)\n        return retried\n",
+            ),
+        ),
+        ("test_threads.py::test_P1_a_log_handler_that_blocks_holds_up_no_future",),
     ),
     Break(
         "skipping set_running_or_notify_cancel",

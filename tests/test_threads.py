@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import random
 import sys
 import threading
@@ -204,6 +205,29 @@ def test_p1_stop_iteration_and_a_real_recursion_error() -> None:
     with batcher_of(lambda batch: list(batch) if "good" in batch else too_deep(batch)) as batcher:
         assert isinstance(batcher.submit(1).exception(BOUND), RecursionError)
         assert batcher.submit("good").result(BOUND) == "good"
+
+
+def test_P1_a_log_handler_that_blocks_holds_up_no_future() -> None:
+    class Full(logging.Handler):
+        """As where nobody reads the pipe that the log goes to."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            assert room.wait(BOUND)
+
+    def lose(batch: Batch[Any]) -> None:
+        raise OutcomeUnknown("x")
+
+    room, handler = threading.Event(), Full()
+    logging.getLogger("microbatch.worker").addHandler(handler)
+    try:
+        with batcher_of(lose) as batcher:
+            futures = batcher.submit_many(range(3))
+            assert not wait(futures, BOUND / 2).not_done
+            room.set()
+    finally:
+        room.set()
+        logging.getLogger("microbatch.worker").removeHandler(handler)
+    assert {future.status for future in futures} == {JobStatus.UNKNOWN}
 
 
 def test_p1_outcome_unknown_from_the_processor_is_unknown_and_carries_the_batch() -> None:

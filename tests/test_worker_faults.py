@@ -6,14 +6,15 @@ Points, not lines: between the instructions that the library counts on no interp
 from __future__ import annotations
 
 import _weakrefset
+import inspect
+import logging
 import os
 import queue
-import random
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from queue import SimpleQueue
 from types import FrameType
@@ -40,7 +41,11 @@ from microbatch import (
     protocols,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [
+    pytest.mark.timeout(120),
+    # An interruption in a finaliser of the stdlib; Python drops it.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 BOUND = 10.0
 # The jobs' deadline. An outcome that comes only with it was not brought by anybody: a lost wake-up.
@@ -48,25 +53,47 @@ DEADLINE = 5.0
 FAST = RetryPolicy(backoff=0.001, backoff_max=0.001, retry_on=ConnectionError)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_stays() -> Iterator[None]:
+    """A thread that hangs would let the interpreter hang at its end, where nobody sees why."""
+    yield
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join(BOUND)
+            assert not thread.is_alive(), thread
+
+
 class ThreadInjector(_Injector):
     """Interrupts one of the batcher's threads, but not the test's processor and the batch it reads.
 
-    Nor where Python itself drops what is raised.
+    Nor where Python itself drops what is raised, nor `logging`, which loses the lock of a handler by it.
     """
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        code = frame.f_code
-        if code.co_filename in (__file__, protocols.__file__, weakref.__file__, _weakrefset.__file__):
+        if event == "call" and _is_left_alone(frame):
             return None
-        if frame.f_lineno is None:
+        if frame.f_lineno is None and frame.f_code.co_flags & inspect.CO_GENERATOR:
             return self  # the end of a generator that nobody reads to its end
-        if code.co_name == "__del__" or (code.co_name == "report" and not frame.f_locals["self"].left):
-            return None
         try:
             return super().__call__(frame, event, arg)
         except Interrupt:
             self._last.clear()  # the frames would keep the dead thread's things alive
             raise
+
+
+_ELSEWHERE = (__file__, protocols.__file__, weakref.__file__, _weakrefset.__file__)
+
+
+def _is_left_alone(frame: FrameType) -> bool:
+    name = frame.f_code.co_name
+    if name == "__del__" or (name == "report" and not frame.f_locals["self"].left):
+        return True
+    if frame.f_code.co_filename in _ELSEWHERE:
+        return True
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename != logging.__file__:
+        caller = caller.f_back
+    return caller is not None
 
 
 class Rig:
@@ -79,8 +106,8 @@ class Rig:
         self.ledger: list[str] = []  # ids of batches that were done and left undecided
         self.called: list[Any] = []  # by callbacks: payloads
         self.events: list[Any] = []
-        self.gate: SimpleQueue[None] = SimpleQueue()
-        self.inside: SimpleQueue[None] = SimpleQueue()
+        self.gates: dict[Any, SimpleQueue[None]] = {"hold": SimpleQueue(), "hold again": SimpleQueue()}
+        self.inside: dict[Any, SimpleQueue[None]] = {"hold": SimpleQueue(), "hold again": SimpleQueue()}
         self.failures = 0  # of `open`
         self.no_trace, self.undecided, self.bad = ConnectionError("x"), OutcomeUnknown("commit sent"), KeyError("bad")
         self._first = True
@@ -113,9 +140,9 @@ class Rig:
     def process(self, batch: Batch[Any]) -> Any:
         # Calls nothing but C: an interruption in here is the processor's own error, and not what is tested.
         jobs = batch[:]
-        if "hold" in jobs:
-            self.inside.put(None)
-            self.gate.get(timeout=BOUND)
+        if jobs[0] in self.gates:
+            self.inside[jobs[0]].put(None)
+            self.gates[jobs[0]].get(timeout=BOUND)
         if "retry" in jobs and batch.attempt == 1:
             raise self.no_trace
         if batch.id in self.ledger:
@@ -128,15 +155,15 @@ class Rig:
             raise self.undecided
         return [self.bad if job == "bad" else job for job in jobs]
 
-    def entered(self, future: JobFuture[Any]) -> bool:
-        """Whether the processor holds the job; if not, the interruption ended it."""
+    def holds(self, job: Any, future: JobFuture[Any]) -> bool:
+        """Whether the processor holds *job*; if not, the interruption or the deadline came first."""
         give_up = time.monotonic() + BOUND
-        while self.inside.empty() and not future.done():
+        while self.inside[job].empty() and not future.done():
             assert time.monotonic() < give_up
             time.sleep(0.0005)
-        if self.inside.empty():
+        if self.inside[job].empty():
+            self.gates[job].put(None)
             return False
-        self.inside.get()
         return True
 
     def is_retryable(self, error: BaseException) -> bool:
@@ -172,11 +199,9 @@ def settled(futures: dict[Any, JobFuture[Any]]) -> None:
             pass
 
 
-def everywhere(
-    monkeypatch: pytest.MonkeyPatch, role: str, scenario: Callable[[Rig], None], start: int, stride: int
-) -> int:
+def everywhere(monkeypatch: pytest.MonkeyPatch, role: str, scenario: Callable[[Rig], None], stride: int) -> int:
     """Run *scenario* with the thread interrupted at one point after the other until it gets through; how many fired."""
-    n, quiet, fired = start, 0, 0
+    n = quiet = fired = 0
     while quiet < 3:
         with monkeypatch.context() as patch:
             rig = Rig(patch, role, n)
@@ -246,12 +271,12 @@ def stuck(rig: Rig) -> None:
     batcher = MicroBatcher[Any, Any](rig, max_batch_size=1, retry=FAST, delivery_timeout=DEADLINE)
     batcher.on(JobFailed, rig.events.append)
     futures = {"hold": rig.watch("hold", batcher.submit("hold", delivery_timeout=0.02))}
-    held = rig.entered(futures["hold"])
+    held = rig.holds("hold", futures["hold"])
     futures["short"] = rig.watch("short", batcher.submit("short", delivery_timeout=0.01))
     futures["silent"] = batcher.submit("silent", delivery_timeout=0.01)
     settled(futures)
     if held:
-        rig.gate.put(None)
+        rig.gates["hold"].put(None)
         assert futures["hold"].status is JobStatus.UNKNOWN
         assert futures["short"].status is futures["silent"].status is JobStatus.FAILED
     fired = rig.where
@@ -259,8 +284,8 @@ def stuck(rig: Rig) -> None:
     settled(futures)
     if fired:
         assert futures["after"].result(0) == "after"
-    futures["hold again"] = batcher.submit("hold")
-    held = rig.entered(futures["hold again"])
+    futures["hold again"] = batcher.submit("hold again")
+    held = rig.holds("hold again", futures["hold again"])
     futures["cancelled"] = batcher.submit("cancelled")
     cancelled = futures["cancelled"].cancel()
     assert cancelled or not held
@@ -268,13 +293,13 @@ def stuck(rig: Rig) -> None:
     batcher.shutdown(timeout=0.01 if held else DEADLINE)
     settled(futures)
     if held:
-        rig.gate.put(None)
+        rig.gates["hold again"].put(None)
         assert isinstance(futures["hold again"].exception(0), OutcomeUnknown)
         assert isinstance(futures["cut off"].exception(0), BatcherClosed)
     report = batcher.shutdown(timeout=DEADLINE)
     assert report.finished
     # One too many if the interruption hits the very moment of noting it down.
-    assert set(report.undelivered) == ({"cut off", "hold"} if held else set())
+    assert set(report.undelivered) == ({"cut off", "hold again"} if held else set())
     for name in ("short", "silent", "cut off", "cancelled"):
         assert rig.done.get(name, 0) <= (futures[name].status in (JobStatus.COMPLETED, JobStatus.UNKNOWN))
     if "_run_callbacks" not in rig.where:  # between a callback's leaving the list and its call it is lost
@@ -282,23 +307,27 @@ def stuck(rig: Rig) -> None:
     assert batcher.stats().outstanding == 0
 
 
-ROUNDS = {
-    ("worker", plain): 1,
+# Every so many-th point, so that the whole takes less than a minute; all of them take several.
+STRIDES = {
+    ("worker", plain): 2,
     ("worker", comes_back): 7,
     ("worker", stuck): 5,
     ("supervisor", plain): 1,
     ("supervisor", stuck): 7,
 }
-# Every point takes minutes; without this, each run of the tests looks at another part of them.
-STRIDE = int(os.environ.get("MICROBATCH_EVERY_POINT", "0"))
+EVERY_POINT = "MICROBATCH_EVERY_POINT" in os.environ
 
 
-@pytest.mark.parametrize(("role", "scenario"), ROUNDS, ids=lambda given: getattr(given, "__name__", given))
+@pytest.mark.skipif(
+    sys.version_info[:2] == (3, 12), reason="this interpreter crashes when one thread traces what another one runs"
+)
+@pytest.mark.timeout(1200 if EVERY_POINT else 120)
+@pytest.mark.parametrize(("role", "scenario"), STRIDES, ids=lambda given: getattr(given, "__name__", given))
 def test_P1_a_thread_of_the_library_is_interrupted_anywhere(
     role: str, scenario: Callable[[Rig], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stride = 1 if STRIDE else ROUNDS[role, scenario]
-    assert everywhere(monkeypatch, role, scenario, random.randrange(stride), stride) * stride > 80
+    stride = 1 if EVERY_POINT else STRIDES[role, scenario]
+    assert everywhere(monkeypatch, role, scenario, stride) * stride > 80
 
 
 # The same in the threads of the callers.
@@ -391,20 +420,26 @@ def test_P5_a_blocked_submit_is_interrupted_anywhere() -> None:
             super().__init__(max_outstanding=1, max_batch_size=1)
             self.held()
             self.took = 0.0
-            self.helpers = [threading.Thread(target=self.release), threading.Thread(target=self.neighbour)]
             self.over = threading.Event()
-
-        def call(self) -> None:
+            self.go: SimpleQueue[None] = SimpleQueue()
+            # Started here: an interruption inside `Thread.start` makes the thread hang in it for ever.
+            self.helpers = [threading.Thread(target=self.release), threading.Thread(target=self.neighbour)]
             for helper in self.helpers:
                 helper.start()
+
+        def call(self) -> None:
+            self.go.put(None)
+            self.go.put(None)
             self.batcher.submit("blocked")
 
         def release(self) -> None:
+            self.go.get()
             while len(self.batcher._core.blocked) < 2 and not self.over.wait(0.0005):
                 pass
             self.gate.set()
 
         def neighbour(self) -> None:
+            self.go.get()
             began = time.monotonic()
             self.batcher.submit("neighbour")
             self.took = time.monotonic() - began
@@ -417,10 +452,11 @@ def test_P5_a_blocked_submit_is_interrupted_anywhere() -> None:
 
     def finish(caller: Blocked) -> None:
         caller.over.set()
+        for _ in caller.helpers:
+            caller.go.put(None)
         for helper in caller.helpers:
-            if helper.ident is not None:
-                helper.join(BOUND)
-                assert not helper.is_alive()
+            helper.join(BOUND)
+            assert not helper.is_alive()
 
     points = 0
     for where, caller in interrupted_everywhere(prepare, Blocked.call):
