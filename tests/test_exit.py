@@ -600,9 +600,11 @@ def test_P1_finalisers_that_submit_while_threads_start(tmp_path: Path) -> None:
                 futures.append(self.batcher.submit(self.number))
 
         gc.set_threshold(1, 1, 1)
-        futures = []
+        # Held, because a batcher that dies together with the finaliser may be closed first.
+        futures, batchers = [], []
         for number in range(0, 400, 2):
             batcher = MicroBatcher(Writer(), max_concurrent_batches=2)
+            batchers.append(batcher)
             Grave(batcher, number)
             note("accepted", number + 1)
             futures.append(batcher.submit(number + 1))
