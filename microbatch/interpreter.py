@@ -9,8 +9,8 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
                                                  before threads can no longer be started  Finalize`
 `_is_owned`, `_release_save` (by any thread),    a future that an interrupted `wait`      a stdlib `Condition`
 `_acquire_restore` of the C `RLock`,             left locked would hang the worker
-`sys._getframe`, `sys._current_frames`,
-`_waiters` of a `Condition`
+`sys._getframe`, `_waiters` of a `Condition`,
+`clear` of a frame that is executed
 ===============================================  =======================================  ========================
 
 `tests/test_interpreter.py` fails on an interpreter that changes one of them.
@@ -18,7 +18,6 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections import deque
@@ -58,13 +57,29 @@ _RLock: Any = type(threading.RLock())
 
 
 def rlock_is_known() -> bool:
-    """Whether the interpreter's `RLock` is the C type that a `Condition` can borrow from, and stacks can be read."""
+    """Whether the interpreter's `RLock` is the C type that a `Condition` can borrow from, and calls can be watched."""
     methods = ("_is_owned", "_release_save", "_acquire_restore")
     return (
         _RLock.__module__ == "_thread"
         and all(hasattr(_RLock, name) for name in methods)
-        and all(hasattr(sys, name) for name in ("_getframe", "_current_frames"))
+        and hasattr(sys, "_getframe")
+        and _is_over(_some_call())
+        and not _is_over(sys._getframe())
     )
+
+
+def _some_call() -> FrameType:
+    return sys._getframe()
+
+
+def _is_over(call: FrameType) -> bool:
+    """Whether no thread is inside *call* any more; its local variables are dropped then."""
+    # Not by a look at the threads' stacks: on Python 3.11 that is no safe thing while they run.
+    try:
+        call.clear()
+    except RuntimeError:
+        return False
+    return True
 
 
 # Who finds the condition locked looks after so many seconds whether it is still locked for somebody.
@@ -124,7 +139,7 @@ else:
 
         def _free_if_lost(self) -> bool:
             holds = self._holds[:]
-            if not holds or any(_runs(call) for call, _ in holds):
+            if not holds or not all(_is_over(call) for call, _ in holds):
                 return False
             try:
                 # Nothing can happen between the comparison and the release, so nobody else's hold is lost.
@@ -142,24 +157,6 @@ def _caller(frame: FrameType) -> FrameType:
     while frame.f_code.co_name == "__enter__" and frame.f_back is not None:
         frame = frame.f_back
     return frame
-
-
-_GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def _runs(call: FrameType) -> bool:
-    """Whether some thread is inside *call*; True where that cannot be said just now."""
-    for top in sys._current_frames().values():
-        frame: FrameType | None = top
-        while frame is not None:
-            if frame is call:
-                return True
-            last, frame = frame, frame.f_back
-        if getattr(last.f_code, "co_flags", _GENERATOR) & _GENERATOR:
-            # It has stopped while the stack was read, and no longer tells who called it. (Of a call that is just
-            # returning, Python 3.11 shows something else than its code, once in a great while.)
-            return True
-    return False
 
 
 class Bell:

@@ -74,7 +74,7 @@ def test_an_rlock_without_the_methods_is_not_known(monkeypatch: pytest.MonkeyPat
     assert not interpreter.rlock_is_known()
 
     monkeypatch.undo()
-    monkeypatch.delattr(sys, "_current_frames")
+    monkeypatch.delattr(sys, "_getframe")
     assert not interpreter.rlock_is_known()
 
 
@@ -82,10 +82,13 @@ def test_where_the_rlock_is_not_known_the_condition_of_the_stdlib_serves() -> No
     said = program(
         """
         import sys, threading
-        frames = sys._current_frames
-        del sys._current_frames
+        import microbatch
+        for name in [name for name in sys.modules if name.startswith("microbatch")]:
+            del sys.modules[name]
+        getframe = sys._getframe
+        del sys._getframe
         import microbatch.interpreter as interpreter
-        sys._current_frames = frames
+        sys._getframe = getframe
         assert interpreter.FutureCondition is threading.Condition
         import concurrent.futures as cf
         from microbatch import MicroBatcher
@@ -234,19 +237,19 @@ def test_P1_a_lost_condition_taken_again_in_the_last_moment_is_not_taken_away(mo
         condition.acquire()
 
     locks()
-    runs = interpreter._runs
+    is_over = interpreter._is_over
     looked, taken_again = threading.Event(), threading.Event()
     answers: list[bool] = []
 
     def slow_look(call: Any) -> bool:
-        seen = runs(call)
+        seen = is_over(call)
         if not looked.is_set():
             looked.set()
             assert taken_again.wait(20)
-            assert not seen
+            assert seen
         return seen
 
-    monkeypatch.setattr(interpreter, "_runs", slow_look)
+    monkeypatch.setattr(interpreter, "_is_over", slow_look)
     thread = threading.Thread(target=lambda: answers.append(condition.acquire(False)))
     thread.start()
     assert looked.wait(20)
