@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import uuid
@@ -58,6 +59,19 @@ def dsn(server: EmbeddedPostgres | SimpleNamespace) -> str:
 @pytest.fixture
 def database(dsn: str) -> Iterator[str]:
     """The connection string of a database that only this test knows."""
+    with new_database(dsn) as conninfo:
+        yield conninfo
+
+
+@pytest.fixture(scope="module")
+def shared_database(dsn: str) -> Iterator[str]:
+    """One for a whole module, which sees to it that its tests do not meet: a new one takes longer than many a test."""
+    with new_database(dsn) as conninfo:
+        yield conninfo
+
+
+@contextlib.contextmanager
+def new_database(dsn: str) -> Iterator[str]:
     name = f"microbatch_{uuid.uuid4().hex}"
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))

@@ -1,4 +1,4 @@
-"""`PostgresProcessor` against a real server: results, rollbacks, connections, a lost COMMIT."""
+"""`PostgresProcessor` against a real server: results, bad jobs, connections, a lost COMMIT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import random
-import select
 import signal
 import socket
 import subprocess
@@ -21,14 +20,18 @@ from typing import Any, NamedTuple
 import psycopg
 import psycopg_pool
 import pytest
+from databases import empty
+from proxy import Harm, Once, Proxy, behind_commit, is_commit, is_committed, mentions
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.types.json import Jsonb
 
 from microbatch.errors import MissingExtra, OutcomeUnknown, ProcessorContractError
-from microbatch.processors.postgres import PostgresProcessor
+from microbatch.processors.postgres import BatchRolledBack, CommitUnknown, PostgresProcessor, flight, writer
 from microbatch.processors.postgres.conninfo import connection_parameters
+from microbatch.processors.postgres.errors import Undecided
+from microbatch.processors.postgres.guard import DDL
 from microbatch.processors.postgres.sqlstate import is_refusal, is_retryable
 from microbatch.protocols import Batch, BatchProcessor
 
@@ -37,6 +40,12 @@ INSERT_BY_POSITION = "INSERT INTO item (n, label) VALUES (%s, %s) RETURNING *"
 SLEEP = "SELECT pg_sleep(%(seconds)s)"
 
 Make = Callable[..., PostgresProcessor]
+
+
+@pytest.fixture
+def database(shared_database: str) -> Iterator[str]:
+    yield shared_database
+    empty(shared_database)
 
 
 @pytest.fixture
@@ -54,16 +63,16 @@ def make(database: str, control: psycopg.Connection[Any]) -> Iterator[Make]:
     """Builds processors on `database` and closes them."""
     with contextlib.ExitStack() as stack:
 
-        def build(statement: Any = INSERT, conninfo: Any = database) -> PostgresProcessor:
-            processor = PostgresProcessor(conninfo, statement)
+        def build(statement: Any = INSERT, conninfo: Any = database, **options: Any) -> PostgresProcessor:
+            processor = PostgresProcessor(conninfo, statement, **options)
             stack.callback(processor.close)
             return processor
 
         yield build
 
 
-def a_batch(jobs: list[Any], id: str = "b1") -> Batch[Any]:
-    return Batch(jobs, id=id)
+def a_batch(jobs: list[Any], id: str = "b1", attempt: int = 1, deadline: float | None = None) -> Batch[Any]:
+    return Batch(jobs, id=id, attempt=attempt, deadline=deadline)
 
 
 def items(*numbers: int) -> list[dict[str, Any]]:
@@ -164,22 +173,22 @@ def test_a_field_of_a_dataclass_reaches_psycopg_as_it_is(make: Make) -> None:
 
 @pytest.mark.database
 @pytest.mark.parametrize("job", ["text", b"bytes", bytearray(b"x"), 5, None, {1, 2}, Item, object()])
-def test_another_kind_of_job_is_refused_by_name_before_anything_is_sent(
+def test_another_kind_of_job_is_refused_by_name_and_alone(
     make: Make, control: psycopg.Connection[Any], job: Any
 ) -> None:
-    processor = make()
+    good, refused = make().process(a_batch([*items(1), job]))
 
-    with pytest.raises(TypeError, match=rf"not {type(job).__qualname__}; submit a single value as a tuple"):
-        processor.process(a_batch([*items(1), job]))
+    assert good["n"] == 1
+    assert isinstance(refused, TypeError)
+    assert f"not {type(job).__qualname__}; submit a single value as a tuple" in str(refused)
+    assert stored(control) == [1]
 
-    assert sessions(control) == []
 
-
-@pytest.fixture(params=["pipeline", "row by row"])
+@pytest.fixture(params=["flights", "portable"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With libpq's pipelines, and as with a libpq older than 14."""
-    if request.param == "row by row":
-        monkeypatch.setattr(psycopg.Pipeline, "is_supported", classmethod(lambda cls: False))
+    """Past psycopg's cursor, and as with a psycopg whose inside is unknown."""
+    if request.param == "portable":
+        monkeypatch.setattr(writer, "is_supported", lambda connection: False)
 
 
 @pytest.mark.database
@@ -254,7 +263,7 @@ def test_it_is_a_batch_processor(make: Make) -> None:
     assert isinstance(make(), BatchProcessor)
 
 
-# A failed batch
+# Bad jobs
 
 
 BAD_JOBS = {
@@ -274,90 +283,142 @@ BAD_JOBS = {
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("bad", BAD_JOBS)
-def test_one_bad_job_rolls_the_batch_back_and_leaves_the_connection_usable(
+def test_P3_a_bad_job_fails_alone_and_leaves_the_connection_usable(
     make: Make, control: psycopg.Connection[Any], bad: str, place: int
 ) -> None:
     job, expected, sqlstate = BAD_JOBS[bad]
-    jobs: list[Any] = items(1, 2, 3, 4)
+    if bad == "unique":
+        control.execute("INSERT INTO item (n) VALUES (1)")
+    jobs: list[Any] = items(11, 12, 13, 14)
     jobs.insert(place, job)
     processor = make()
     processor.open()
     before = sessions(control)
 
-    with pytest.raises(expected) as caught:
-        processor.process(a_batch(jobs))
+    results = processor.process(a_batch(jobs))
 
-    assert sqlstate == getattr(caught.value, "sqlstate", None)
-    assert not processor.is_retryable(caught.value)
-    assert stored(control) == []
-    assert [row["n"] for row in processor.process(a_batch(items(1, 2, 3)))] == [1, 2, 3]
+    error = results.pop(place)
+    assert isinstance(error, expected)
+    assert sqlstate == getattr(error, "sqlstate", None)
+    assert not processor.is_retryable(error)
+    assert [row["n"] for row in results] == [11, 12, 13, 14]
+    assert [row["n"] for row in processor.process(a_batch(items(21, 22)))] == [21, 22]
+    assert [n for n in stored(control) if n > 1] == [11, 12, 13, 14, 21, 22]
     assert before == sessions(control)
 
 
 @pytest.mark.database
-@pytest.mark.parametrize("job", [(1,), (1, "a", "b"), ()], ids=["short", "long", "empty"])
-def test_a_sequence_of_the_wrong_length_rolls_the_batch_back(
-    make: Make, control: psycopg.Connection[Any], job: Any
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("bad", BAD_JOBS)
+def test_P3_fail_batch_names_the_culprit_and_writes_nothing(
+    make: Make, control: psycopg.Connection[Any], bad: str
 ) -> None:
-    processor = make(INSERT_BY_POSITION)
+    job, expected, sqlstate = BAD_JOBS[bad]
+    if bad == "unique":
+        control.execute("INSERT INTO item (n) VALUES (1)")
+    processor = make(on_job_error="fail_batch")
+    before = stored(control)
 
-    with pytest.raises(psycopg.ProgrammingError):
-        processor.process(a_batch([(5, "five"), job, (6, "six")]))
+    first, error, last = processor.process(a_batch([*items(11), job, *items(12)]))
 
-    assert stored(control) == []
-    assert [row["n"] for row in processor.process(a_batch([(7, "seven")]))] == [7]
+    assert isinstance(error, expected)
+    assert sqlstate == getattr(error, "sqlstate", None)
+    assert isinstance(first, BatchRolledBack)
+    assert isinstance(last, BatchRolledBack)
+    assert first.job == job
+    assert type(error).__name__ in str(first)
+    assert not processor.is_retryable(first)
+    assert stored(control) == before
+    assert [row["n"] for row in processor.process(a_batch(items(21)))] == [21]
 
 
 @pytest.mark.database
-def test_a_row_that_cannot_be_read_rolls_the_batch_back(make: Make, control: psycopg.Connection[Any]) -> None:
-    processor = make("INSERT INTO item (n) VALUES (%(n)s) RETURNING n, 'infinity'::date")
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("job", [(1,), (1, "a", "b"), ()], ids=["short", "long", "empty"])
+def test_P3_a_sequence_of_the_wrong_length_fails_alone(make: Make, control: psycopg.Connection[Any], job: Any) -> None:
+    first, error, last = make(INSERT_BY_POSITION).process(a_batch([(5, "five"), job, (6, "six")]))
 
-    with pytest.raises(psycopg.DataError):
-        processor.process(a_batch(items(1, 2)))
+    assert isinstance(error, psycopg.ProgrammingError)
+    assert (first["n"], last["n"]) == (5, 6)
+    assert stored(control) == [5, 6]
 
+
+@pytest.mark.database
+@pytest.mark.usefixtures("either_way")
+def test_P4_a_row_that_cannot_be_read_is_not_written(make: Make, control: psycopg.Connection[Any]) -> None:
+    processor = make(
+        "INSERT INTO item (n) VALUES (%(n)s) RETURNING n, CASE WHEN n = 2 THEN 'infinity'::date END AS day"
+    )
+
+    first, error, last = processor.process(a_batch(items(1, 2, 3)))
+
+    assert isinstance(error, psycopg.DataError)
+    assert (first, last) == ({"n": 1, "day": None}, {"n": 3, "day": None})
+    assert stored(control) == [1, 3]
+
+
+@pytest.mark.database
+def test_several_commands_in_one_statement_are_refused(make: Make, control: psycopg.Connection[Any]) -> None:
+    errors = make(f"{INSERT}; SELECT 1").process(a_batch(items(1, 2)))
+
+    assert [type(error) for error in errors] == [psycopg.errors.SyntaxError] * 2
     assert stored(control) == []
 
 
 @pytest.mark.database
-def test_several_commands_in_one_statement_are_refused_and_rolled_back(
+def test_several_commands_are_refused_by_the_simple_protocol_too(
     database: str, make: Make, control: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the simple protocol takes them: a client-side cursor on a libpq without pipelines."""
+    """A client-side cursor on a libpq without pipelines would take them."""
     monkeypatch.setattr(psycopg.Pipeline, "is_supported", classmethod(lambda cls: False))
     with psycopg.connect(database, cursor_factory=psycopg.ClientCursor) as connection:
-        processor = make(f"{INSERT}; SELECT 1", lambda: contextlib.nullcontext(connection))
+        errors = make(f"{INSERT}; SELECT 1", lambda: contextlib.nullcontext(connection)).process(a_batch(items(1, 2)))
 
-        with pytest.raises(psycopg.ProgrammingError, match="4 results for 2 jobs") as caught:
-            processor.process(a_batch(items(1, 2)))
-
-    assert not isinstance(caught.value, OutcomeUnknown)
+    assert [str(error) for error in errors] == ["2 results for 1 jobs: the statement must be a single command"] * 2
     assert stored(control) == []
 
 
 @pytest.mark.database
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK"])
-def test_a_statement_that_ends_the_transaction_makes_the_batch_unknown(make: Make, statement: str) -> None:
-    processor = make(statement)
+def test_P4_a_statement_that_ends_the_transaction_makes_the_batch_unknown(
+    database: str, make: Make, statement: str
+) -> None:
+    for conninfo in (database, lambda: psycopg.connect(database)):
+        processor = make(statement, conninfo)
 
-    with pytest.raises(ProcessorContractError, match="take COMMIT or ROLLBACK out") as caught:
-        processor.process(a_batch([()], id="b7"))
+        with pytest.raises(ProcessorContractError, match="take COMMIT or ROLLBACK out") as caught:
+            processor.process(a_batch([()], id="b7"))
 
-    assert caught.value.batch_id == "b7"
+        assert caught.value.batch_id == "b7"
 
 
 @pytest.mark.database
-def test_a_deferred_violation_at_commit_is_an_ordinary_error(make: Make, control: psycopg.Connection[Any]) -> None:
+@pytest.mark.parametrize("statement", ["COPY item (n) FROM STDIN", "COPY item TO STDOUT"])
+def test_copy_through_the_client_is_refused(make: Make, control: psycopg.Connection[Any], statement: str) -> None:
+    processor = make(statement)
+
+    with pytest.raises(psycopg.Error) as caught:
+        processor.process(a_batch([()]))
+
+    assert not processor.is_retryable(caught.value)
+    assert stored(control) == []
+
+
+@pytest.mark.database
+@pytest.mark.usefixtures("either_way")
+def test_P3_a_violation_deferred_to_commit_fails_its_job_alone(make: Make, control: psycopg.Connection[Any]) -> None:
     control.execute("ALTER TABLE item ADD CONSTRAINT late UNIQUE (label) DEFERRABLE INITIALLY DEFERRED")
     processor = make()
     processor.open()
     before = sessions(control)
 
-    with pytest.raises(psycopg.errors.UniqueViolation) as caught:
-        processor.process(a_batch([{"n": 1, "label": "same"}, {"n": 2, "label": "same"}]))
+    first, second, third = processor.process(a_batch([{"n": n, "label": label} for n, label in enumerate("aab")]))
 
-    assert (caught.value.sqlstate, caught.value.diag.constraint_name) == ("23505", "late")
-    assert stored(control) == []
-    assert processor.process(a_batch(items(3)))[0]["n"] == 3
+    assert (first["n"], third["n"]) == (0, 2)
+    assert isinstance(second, psycopg.errors.UniqueViolation)
+    assert (second.sqlstate, second.diag.constraint_name) == ("23505", "late")
+    assert stored(control) == [0, 2]
     assert before == sessions(control)
 
 
@@ -573,12 +634,13 @@ def test_a_borrowed_connection_outside_a_transaction_is_committed(
         processor = make(conninfo=lambda: contextlib.nullcontext(connection))
 
         results = processor.process(a_batch(items(1, 2)))
-        with pytest.raises(psycopg.errors.UniqueViolation):
-            processor.process(a_batch(items(3, 1)))
+        good, bad = processor.process(a_batch(items(3, 1)))
         processor.close()
 
         assert [row["n"] for row in results] == [1, 2]
-        assert stored(control) == [1, 2]
+        assert good["n"] == 3
+        assert isinstance(bad, psycopg.errors.UniqueViolation)
+        assert stored(control) == [1, 2, 3]
         assert connection.info.transaction_status == TransactionStatus.IDLE
         assert connection.execute("SELECT 3").fetchone() == (3,)
     assert repr(processor) == "<PostgresProcessor with connections of a callable>"
@@ -594,22 +656,26 @@ def test_inside_a_transaction_a_batch_is_a_savepoint_and_the_transaction_stays_t
         connection.execute("INSERT INTO item (n) VALUES (100)")
 
         processor.process(a_batch(items(1, 2)))
-        with pytest.raises(psycopg.errors.UniqueViolation):
-            processor.process(a_batch(items(3, 4, 1)))
-        with pytest.raises(psycopg.DataError):
-            processor.process(a_batch([*items(5), {"n": 6, "label": "\0"}]))
+        *_, unique = processor.process(a_batch(items(3, 4, 1)))
+        *_, nul = processor.process(a_batch([*items(5), {"n": 6, "label": "\0"}]))
+        atomic = make(conninfo=lambda: contextlib.nullcontext(connection), on_job_error="fail_batch")
+        *_, culprit = atomic.process(a_batch(items(8, 1)))
         processor.process(a_batch(items(7)))
 
+        assert isinstance(unique, psycopg.errors.UniqueViolation)
+        assert isinstance(nul, psycopg.DataError)
+        assert isinstance(culprit, psycopg.errors.UniqueViolation)
         assert stored(control) == []
         assert connection.info.transaction_status == TransactionStatus.INTRANS
         getattr(connection, outer)()
 
-    assert ([] if outer == "rollback" else [1, 2, 7, 100]) == stored(control)
+    assert ([] if outer == "rollback" else [1, 2, 3, 4, 5, 7, 100]) == stored(control)
 
 
 @pytest.mark.database
 def test_a_batch_on_an_aborted_transaction_fails_and_does_not_end_it(database: str, make: Make) -> None:
     with psycopg.connect(database) as connection:
+        make(conninfo=lambda: contextlib.nullcontext(connection)).process(a_batch(items(7)))
         with pytest.raises(psycopg.errors.DivisionByZero):
             connection.execute("SELECT 1 / 0")
 
@@ -645,9 +711,8 @@ def test_a_pool_lends_its_connections(database: str, make: Make, control: psycop
         processor = make(conninfo=pool if give == "the pool" else pool.connection)
 
         assert [row["n"] for row in processor.process(a_batch(items(1, 2)))] == [1, 2]
-        with pytest.raises(psycopg.errors.UniqueViolation):
-            processor.process(a_batch(items(3, 1)))
-        assert [row["n"] for row in processor.process(a_batch(items(3)))] == [3]
+        *_, bad = processor.process(a_batch(items(3, 1)))
+        assert isinstance(bad, psycopg.errors.UniqueViolation)
         processor.close()
         assert not pool.closed
 
@@ -714,15 +779,33 @@ def test_a_context_manager_that_swallows_the_error_does_not_make_a_success(datab
         with psycopg.connect(database) as connection, contextlib.suppress(Exception):
             yield connection
 
-    with pytest.raises(psycopg.errors.NotNullViolation):
-        make(conninfo=source).process(a_batch([{"n": None, "label": ""}]))
+    with pytest.raises(ProcessorContractError):
+        make("COMMIT", source).process(a_batch([()]))
 
 
 @pytest.mark.database
-def test_a_context_manager_that_fails_afterwards_makes_the_batch_unknown(database: str, make: Make) -> None:
+@pytest.mark.usefixtures("either_way")
+def test_P4_what_is_committed_stays_so_when_the_context_manager_fails_afterwards(
+    database: str, make: Make, control: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     @contextlib.contextmanager
     def source() -> Iterator[psycopg.Connection[Any]]:
         with psycopg.connect(database) as connection:
+            yield connection
+            raise OSError("while leaving")
+
+    assert [row["n"] for row in make(conninfo=source).process(a_batch(items(1), id="b3"))] == [1]
+    assert stored(control) == [1]
+    assert logged(caplog) == ["batch b3 is committed; giving its connection back failed (OSError)"]
+
+
+@pytest.mark.database
+@pytest.mark.usefixtures("either_way")
+def test_P4_a_context_manager_that_fails_after_a_savepoint_makes_the_batch_unknown(database: str, make: Make) -> None:
+    @contextlib.contextmanager
+    def source() -> Iterator[psycopg.Connection[Any]]:
+        with psycopg.connect(database) as connection:
+            connection.execute("SELECT 1")
             yield connection
             raise OSError("while leaving")
 
@@ -735,95 +818,52 @@ def test_a_context_manager_that_fails_afterwards_makes_the_batch_unknown(databas
 # An honest COMMIT
 
 
-class Proxy:
-    """Stands between client and server, and cuts both off when it meets *word* on its way to the server.
-
-    *cut* says when: "before" the server gets the word, "after" it has answered, "halfway" through that.
-    """
-
-    def __init__(self, database: str, word: bytes, cut: str) -> None:
-        target = conninfo_to_dict(database)
-        self._target = (str(target.get("host", "127.0.0.1")), int(target.get("port") or 5432))
-        self._word = word
-        self._cut = cut
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.conninfo = make_conninfo(
-            database,
-            host="127.0.0.1",
-            port=self._listener.getsockname()[1],
-            sslmode="disable",
-            gssencmode="disable",
-        )
-        self._thread = threading.Thread(target=self._serve)
-
-    def __enter__(self) -> Proxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._listener.close()
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                with client, self._connect() as server:
-                    self._carry(client, server)
-
-    def _connect(self) -> socket.socket:
-        host, port = self._target
-        if host.startswith("/"):
-            server = socket.socket(socket.AF_UNIX)
-            server.connect(f"{host}/.s.PGSQL.{port}")
-            return server
-        return socket.create_connection(self._target, timeout=10)
-
-    def _carry(self, client: socket.socket, server: socket.socket) -> None:
-        other = {client: server, server: client}
-        met = False
-        while True:
-            for source in select.select([client, server, self._listener], [], [])[0]:
-                if source is self._listener:
-                    return
-                data = source.recv(65536)
-                met = met or (source is client and self._word in data)
-                if not data or (met and self._cut == "before"):
-                    return
-                if met and source is server:
-                    client.sendall(data[: len(data) // 2] if self._cut == "halfway" else b"")
-                    return
-                other[source].sendall(data)
-
-
 @pytest.mark.database
-@pytest.mark.parametrize(("cut", "written"), [("before", []), ("after", [1, 2]), ("halfway", [1, 2])])
-def test_a_link_that_dies_during_commit_makes_the_batch_unknown(
-    database: str, make: Make, control: psycopg.Connection[Any], cut: str, written: list[int]
+@pytest.mark.parametrize(
+    ("is_it", "harm", "written"),
+    [
+        (is_commit, Harm.CUT, []),
+        (None, Harm.CUT_BEHIND, [1, 2]),
+        (is_committed, Harm.CUT, [1, 2]),
+        (is_committed, Harm.CUT_INSIDE, [1, 2]),
+    ],
+    ids=["before", "behind", "before its answer", "inside its answer"],
+)
+@pytest.mark.parametrize("guard", ["xid", "ledger", "none"])
+def test_P4_a_link_that_dies_during_commit_leaves_the_batch_to_its_guard(
+    database: str,
+    make: Make,
+    control: psycopg.Connection[Any],
+    guard: str,
+    is_it: Any,
+    harm: Harm,
+    written: list[int],
 ) -> None:
-    with Proxy(database, b"COMMIT", cut) as proxy:
-        processor = make(conninfo=proxy.conninfo)
+    control.execute(DDL)
+    with Proxy(database, Once(is_it or behind_commit(), harm)) as proxy:
+        processor = make(conninfo=proxy.conninfo, commit_guard=guard)
 
-        with pytest.raises(OutcomeUnknown, match="no answer to the COMMIT of batch b9") as caught:
+        with pytest.raises(CommitUnknown, match="no answer to the COMMIT of batch b9") as caught:
             processor.process(a_batch(items(1, 2), id="b9"))
+        wait_until(lambda: stored(control) == written)
 
+        assert caught.value.batch_id == "b9"
+        assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+        assert processor.is_retryable(caught.value) == (guard != "none")
+        if guard != "none":
+            assert [row["n"] for row in processor.process(a_batch(items(1, 2), id="b9", attempt=2))] == [1, 2]
+            assert stored(control) == [1, 2]
         processor.close()
 
-    assert caught.value.batch_id == "b9"
-    assert isinstance(caught.value.__cause__, psycopg.OperationalError)
-    assert not isinstance(caught.value, ProcessorContractError)
-    assert not processor.is_retryable(caught.value)
-    assert written == stored(control)
-
 
 @pytest.mark.database
-@pytest.mark.parametrize("cut", ["before", "after"])
-@pytest.mark.parametrize("word", [b"BEGIN", b"INSERT"])
-def test_a_link_that_dies_earlier_proves_that_nothing_was_written(
-    database: str, make: Make, control: psycopg.Connection[Any], word: bytes, cut: str
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.CUT_BEHIND])
+@pytest.mark.parametrize("word", ["BEGIN", "INSERT", "SET CONSTRAINTS"])
+def test_P4_a_link_that_dies_earlier_proves_that_nothing_was_written(
+    database: str, make: Make, control: psycopg.Connection[Any], word: str, harm: Harm
 ) -> None:
-    with Proxy(database, word, cut) as proxy:
+    with Proxy(database, Once(mentions(word), harm)) as proxy:
         processor = make(conninfo=proxy.conninfo)
 
         with pytest.raises(psycopg.OperationalError) as caught:
@@ -836,11 +876,12 @@ def test_a_link_that_dies_earlier_proves_that_nothing_was_written(
 
 
 @pytest.mark.database
-@pytest.mark.parametrize("cut", ["before", "after"])
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.CUT_BEHIND])
 def test_a_link_that_dies_while_a_savepoint_is_released_took_the_transaction_along(
-    database: str, make: Make, control: psycopg.Connection[Any], cut: str
+    database: str, make: Make, control: psycopg.Connection[Any], harm: Harm
 ) -> None:
-    with Proxy(database, b"RELEASE", cut) as proxy, psycopg.connect(proxy.conninfo) as connection:
+    with Proxy(database, Once(mentions("RELEASE"), harm)) as proxy, psycopg.connect(proxy.conninfo) as connection:
         connection.execute("INSERT INTO item (n) VALUES (100)")
 
         with pytest.raises(psycopg.OperationalError):
@@ -850,10 +891,11 @@ def test_a_link_that_dies_while_a_savepoint_is_released_took_the_transaction_alo
 
 
 @pytest.mark.database
+@pytest.mark.usefixtures("either_way")
 def test_a_failing_context_manager_cannot_make_nothing_written_of_unknown(
     database: str, make: Make, control: psycopg.Connection[Any]
 ) -> None:
-    with Proxy(database, b"COMMIT", "after") as proxy:
+    with Proxy(database, Once(is_committed, Harm.CUT)) as proxy:
 
         @contextlib.contextmanager
         def source() -> Iterator[psycopg.Connection[Any]]:
@@ -863,7 +905,7 @@ def test_a_failing_context_manager_cannot_make_nothing_written_of_unknown(
                 finally:
                     connection.execute("SELECT 1")
 
-        with pytest.raises(OutcomeUnknown):
+        with pytest.raises(CommitUnknown):
             make(conninfo=source).process(a_batch(items(1)))
 
     assert stored(control) == [1]
@@ -878,107 +920,93 @@ def test_a_raising_log_handler_cannot_either(
             raise OSError("disk full")
 
     monkeypatch.setattr(logging.getLogger("microbatch"), "handlers", [RaisingHandler()])
-    with Proxy(database, b"COMMIT", "after") as proxy, pytest.raises(OutcomeUnknown):
-        make(conninfo=proxy.conninfo).process(a_batch(items(1)))
+    with Proxy(database, Once(is_committed, Harm.CUT)) as proxy:
+        processor = make(conninfo=proxy.conninfo)
+        with pytest.raises(CommitUnknown):
+            processor.process(a_batch(items(1)))
+
+        assert [row["n"] for row in processor.process(a_batch(items(1)))] == [1]
+        processor.close()
 
     assert stored(control) == [1]
 
 
-@pytest.mark.database
-def test_a_connection_closed_while_its_rows_are_read_wrote_nothing(
-    database: str, make: Make, control: psycopg.Connection[Any]
-) -> None:
-    with psycopg.connect(database) as connection:
+class ClosingConnection(psycopg.Connection[Any]):
+    """Closes itself while a row is read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        close = self.close
 
         class ClosingLoader(psycopg.adapt.Loader):
             def load(self, data: Any) -> Any:
-                connection.close()
+                close()
 
-        connection.adapters.register_loader("int4", ClosingLoader)
+        self.adapters.register_loader("int4", ClosingLoader)
+
+
+@pytest.mark.database
+@pytest.mark.usefixtures("either_way")
+def test_P4_a_connection_closed_while_its_rows_are_read_wrote_nothing(
+    database: str, make: Make, control: psycopg.Connection[Any]
+) -> None:
+    """psycopg's own transaction block would end in silence then."""
+    with ClosingConnection.connect(database) as connection:
         processor = make(conninfo=lambda: contextlib.nullcontext(connection))
 
-        with pytest.raises(psycopg.OperationalError, match="closed inside the batch"):
+        with pytest.raises((psycopg.OperationalError, CommitUnknown)):
             processor.process(a_batch(items(1)))
 
     assert stored(control) == []
 
 
 @pytest.mark.database
-def test_a_connection_closed_just_before_commit_is_no_success(
-    database: str, make: Make, control: psycopg.Connection[Any]
-) -> None:
-    """psycopg's own transaction block ends in silence then."""
-
-    class ClosingConnection(psycopg.Connection[Any]):
-        @contextlib.contextmanager
-        def transaction(self, *args: Any, **kwargs: Any) -> Iterator[psycopg.Transaction]:
-            with super().transaction(*args, **kwargs) as transaction:
-                yield transaction
-                self.close()
-
-    with ClosingConnection.connect(database) as connection, pytest.raises(OutcomeUnknown):
-        make(conninfo=lambda: contextlib.nullcontext(connection)).process(a_batch(items(1)))
-
-    assert stored(control) == []
-
-
-@pytest.mark.database
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), psycopg.OperationalError("lost")])
-def test_whatever_comes_after_the_call_of_commit_is_no_proof(
-    database: str, make: Make, control: psycopg.Connection[Any], error: BaseException
+@pytest.mark.parametrize("guard", ["xid", "ledger", "none"])
+def test_P4_whatever_comes_after_the_call_of_commit_is_no_proof(
+    make: Make, control: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, error: BaseException, guard: str
 ) -> None:
-    class InterruptedConnection(psycopg.Connection[Any]):
-        @contextlib.contextmanager
-        def transaction(self, *args: Any, **kwargs: Any) -> Iterator[psycopg.Transaction]:
-            with super().transaction(*args, **kwargs) as transaction:
-                yield transaction
-            raise error
+    control.execute(DDL)
+    processor = make(commit_guard=guard)
+    land = flight.Flight.land
 
-    with InterruptedConnection.connect(database) as connection, pytest.raises(OutcomeUnknown) as caught:
-        make(conninfo=lambda: contextlib.nullcontext(connection)).process(a_batch(items(1)))
+    def raising(self: flight.Flight) -> Any:
+        answers = land(self)
+        if any(answer.command_status == b"COMMIT" for segment in answers for answer in segment):
+            monkeypatch.setattr(flight.Flight, "land", land)
+            raise error
+        return answers
+
+    monkeypatch.setattr(flight.Flight, "land", raising)
+    with pytest.raises(CommitUnknown) as caught:
+        processor.process(a_batch(items(1)))
 
     assert caught.value.__cause__ is error
+    assert isinstance(caught.value, Undecided) == (guard != "none")
     assert stored(control) == [1]
-
-
-def defer(control: psycopg.Connection[Any], action: str) -> None:
-    """Have *action* run inside every COMMIT that follows an INSERT."""
-    control.execute(f"CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {action}; RETURN NULL; END$$")
-    control.execute(
-        "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED"
-        " FOR EACH ROW EXECUTE FUNCTION late()"
-    )
+    if guard != "none":
+        assert [row["n"] for row in processor.process(a_batch(items(1)))] == [1]
+        assert stored(control) == [1]
 
 
 @pytest.mark.database
-def test_a_session_ended_during_commit_is_unknown_whatever_its_sqlstate(
-    make: Make, control: psycopg.Connection[Any]
+def test_P4_an_interrupt_during_commit_leaves_the_batch_to_its_guard(
+    database: str, make: Make, control: psycopg.Connection[Any]
 ) -> None:
-    defer(control, "PERFORM pg_terminate_backend(pg_backend_pid())")
-    processor = make()
+    stalled = Once(is_commit, Harm.STALL)
+    with Proxy(database, stalled) as proxy:
+        processor = make(conninfo=proxy.conninfo)
 
-    with pytest.raises(OutcomeUnknown) as caught:
-        processor.process(a_batch(items(1)))
+        def interrupt() -> None:
+            assert stalled.fired.wait(10)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    assert isinstance(caught.value.__cause__, psycopg.Error)
-    control.execute("DROP TRIGGER late ON item")
-    assert processor.process(a_batch(items(2)))[0]["n"] == 2
+        with in_thread(interrupt) as interrupter, pytest.raises(Undecided) as caught:
+            processor.process(a_batch(items(1)))
 
-
-@pytest.mark.database
-def test_an_interrupt_during_commit_makes_the_batch_unknown(make: Make, control: psycopg.Connection[Any]) -> None:
-    defer(control, "PERFORM pg_sleep(30)")
-    processor = make()
-
-    def interrupt() -> None:
-        wait_until(lambda: is_running(control, "COMMIT"))
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    with in_thread(interrupt) as interrupter, pytest.raises(OutcomeUnknown) as caught:
-        processor.process(a_batch(items(1)))
-
-    assert interrupter == {"result": None}
-    assert isinstance(caught.value.__cause__, KeyboardInterrupt)
+        assert interrupter == {"result": None}
+        assert isinstance(caught.value.__cause__, KeyboardInterrupt)
+        processor.close()
 
 
 @pytest.mark.database
@@ -1025,16 +1053,20 @@ def test_abandon_frees_the_thread_within_a_second(
 
 
 @pytest.mark.database
-def test_abandon_during_commit_makes_the_batch_unknown(make: Make, control: psycopg.Connection[Any]) -> None:
-    defer(control, "PERFORM pg_sleep(30)")
-    processor = make()
-    batch = a_batch(items(1))
+def test_P4_abandon_during_commit_leaves_the_batch_to_its_guard(
+    database: str, make: Make, control: psycopg.Connection[Any]
+) -> None:
+    stalled = Once(is_commit, Harm.STALL)
+    with Proxy(database, stalled) as proxy:
+        processor = make(conninfo=proxy.conninfo)
+        batch = a_batch(items(1))
 
-    with in_thread(lambda: processor.process(batch)) as outcome:
-        wait_until(lambda: is_running(control, "COMMIT"))
-        processor.abandon(batch)
+        with in_thread(lambda: processor.process(batch)) as outcome:
+            assert stalled.fired.wait(10)
+            processor.abandon(batch)
 
-    assert isinstance(outcome["error"], OutcomeUnknown)
+        assert isinstance(outcome["error"], Undecided)
+        processor.close()
 
 
 @pytest.mark.database

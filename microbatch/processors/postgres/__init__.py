@@ -16,6 +16,7 @@ except ImportError as error:
     # psycopg without a libpq to load fails like psycopg that is not there: the same command cures both.
     raise MissingExtra('pip install "psycopg[binary]" psycopg-pool') from error
 
+from .errors import BatchRolledBack, CommitUnknown
 from .processor import PostgresProcessor
 
-__all__ = ["PostgresProcessor"]
+__all__ = ["BatchRolledBack", "CommitUnknown", "PostgresProcessor"]

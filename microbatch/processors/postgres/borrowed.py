@@ -2,58 +2,85 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import psycopg
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import ConnectionPool
 
 from microbatch.errors import OutcomeUnknown
 from microbatch.protocols import Batch
 
+from .log import tell
+from .session import Facts, Session
+
 Source: TypeAlias = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
 
 
 class BorrowedConnections:
-    """One connection per batch out of *source*; nothing is opened, closed or cut here."""
+    """One connection per batch out of *source*; nothing is opened or cut here."""
 
     def __init__(self, source: Source, kind: str = "a callable") -> None:
         self._source = source
         self._kind = kind
         self._lent: dict[int, Batch[Any]] = {}  # by id() of the connection
+        self._known: WeakKeyDictionary[psycopg.Connection[Any], tuple[Facts, dict[object, Any]]] = WeakKeyDictionary()
 
     def __str__(self) -> str:
         return f"connections of {self._kind}"
 
     @contextmanager
-    def lend(self, batch: Batch[Any]) -> Iterator[psycopg.Connection[Any]]:
+    def lend(self, batch: Batch[Any]) -> Iterator[Session]:
         """The batch's verdict stands, whatever the source's context manager does on its way out."""
         verdict: BaseException | None = None
-        succeeded = False
+        succeeded = committed = False
         try:
             with self._source() as connection:
                 try:
                     with self._alone(_checked(connection), batch):
-                        yield connection
+                        _check_usable(connection)
+                        is_ours = connection.info.transaction_status == TransactionStatus.IDLE
+                        session = self._session(connection, batch.deadline)
+                        try:
+                            yield session
+                        finally:
+                            _end(session)
                 except BaseException as error:
                     verdict = error
                     raise
-                succeeded = True
+                succeeded, committed = True, is_ours
         except BaseException as error:
-            if succeeded:
+            if committed and isinstance(error, Exception):
+                kind = type(error).__name__
+                message = "batch %s is committed; giving its connection back failed (%s)"
+                tell(logging.WARNING, message, batch.id, kind)
+            elif succeeded:
                 raise OutcomeUnknown(
                     f"the connection's own context manager failed after batch {batch.id} was written"
                     f" ({type(error).__name__}): it may have undone it or not",
                     batch_id=batch.id,
                 ) from error
-            if verdict is None:
+            elif verdict is None:
                 raise
         # A context manager that swallows an error, or raises its own over it, must not turn "unknown" into
         # "nothing was written", nor a failure into a success.
         if verdict is not None:
             raise verdict
+
+    def _session(self, connection: psycopg.Connection[Any], give_up: float | None) -> Session:
+        known = self._known.get(connection)
+        if known is not None:
+            return Session(connection, known[0], memory=known[1], give_up=give_up)
+        session = Session(connection, give_up=give_up)
+        if session.status == TransactionStatus.IDLE:  # inside a transaction not everything is told
+            # Not the session itself: it would keep the connection alive.
+            self._known[connection] = (session.facts, session.memory)
+        return session
 
     @contextmanager
     def _alone(self, connection: psycopg.Connection[Any], batch: Batch[Any]) -> Iterator[None]:
@@ -69,10 +96,12 @@ class BorrowedConnections:
         finally:
             del self._lent[id(connection)]
 
-    def open(self) -> None:
-        """Nothing to do."""
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """None: the user's connections are not asked for before there is a batch."""
+        yield None
 
-    def close(self) -> None:
+    def close(self, leave: Callable[[Session], None]) -> None:
         """Nothing to do."""
 
     def abandon(self, batch: Batch[Any]) -> None:
@@ -109,3 +138,18 @@ def _checked(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
             " with Django pass `lambda: contextlib.nullcontext(django.db.connection.connection)`"
         )
     return connection
+
+
+def _check_usable(connection: psycopg.Connection[Any]) -> None:
+    if connection.info.pipeline_status != PipelineStatus.OFF:
+        raise psycopg.NotSupportedError("a connection in pipeline mode cannot be lent: its answers are not ours alone")
+    if connection.info.transaction_status == TransactionStatus.INERROR:
+        raise psycopg.errors.InFailedSqlTransaction("the connection is lent inside a transaction that has failed")
+
+
+def _end(session: Session) -> None:
+    """Close a connection on which something of ours is open: its owner would commit it, or read our answers."""
+    connection, info = session.connection, session.connection.info
+    half_a_flight = info.pipeline_status != PipelineStatus.OFF
+    if not connection.closed and (half_a_flight or (session.is_open and session.status != TransactionStatus.IDLE)):
+        connection.close()

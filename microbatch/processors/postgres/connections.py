@@ -6,18 +6,21 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from microbatch.protocols import Batch
 
 from .conninfo import connection_parameters
+from .flight import Prepared
+from .log import tell
+from .session import Session
 
-_log = logging.getLogger(__name__)
+_PATIENCE = 5.0  # seconds for an answer where no batch sets a deadline
 
 
 class OwnConnections:
@@ -33,27 +36,44 @@ class OwnConnections:
         return "own connections"
 
     @contextmanager
-    def lend(self, batch: Batch[Any]) -> Iterator[psycopg.Connection[Any]]:
+    def lend(self, batch: Batch[Any]) -> Iterator[Session]:
         """A connection for *batch* alone; made if none is idle, closed afterwards if it is not clean."""
         stock = self._stock()
-        link = stock.take() or self._connect()
+        link = stock.take() or self._connect(batch.deadline)
         stock.lend(batch.id, link)
         try:
-            yield link.connection
+            link.session.give_up = batch.deadline
+            yield link.session
         finally:
             if not stock.take_back(batch.id, link):
                 self._discard(batch, link)
 
-    def open(self) -> None:
-        """Connect, if no idle connection is there."""
+    @contextmanager
+    def visit(self) -> Iterator[Session | None]:
+        """A connection to look at, made if none is idle."""
         stock = self._stock()
-        stock.add(stock.take() or self._connect())
+        link = stock.take() or self._connect(_soon())
+        try:
+            link.session.give_up = _soon()
+            yield link.session
+        finally:
+            if link.is_clean():
+                stock.add(link)
+            else:
+                link.close()
 
-    def close(self) -> None:
-        """Close the idle connections of this process."""
+    def close(self, leave: Callable[[Session], None]) -> None:
+        """Close the idle connections of this process; *leave* gets one of them to say goodbye."""
         stock = self._stock()
+        has_left = False
         while link := stock.take():
-            link.close()
+            try:
+                if not has_left:
+                    has_left = True
+                    link.session.give_up = _soon()
+                    leave(link.session)
+            finally:
+                link.close()
 
     def abandon(self, batch: Batch[Any]) -> None:
         """Cut the connection that *batch* is using, if it still does."""
@@ -63,7 +83,7 @@ class OwnConnections:
         # One step under the interpreter's lock: two threads that come first in a child get the same stock.
         return self._stocks.setdefault(os.getpid(), _Stock())
 
-    def _connect(self) -> Link:
+    def _connect(self, give_up: float | None) -> Link:
         error = None
         try:
             connection = psycopg.connect(autocommit=True, **self._parameters)
@@ -72,23 +92,24 @@ class OwnConnections:
         if error is not None:
             # The same error anew: psycopg's own carries every connection parameter, the password too.
             raise type(error)(*error.args)
-        return Link(connection)
+        try:
+            return Link(connection, give_up)
+        except BaseException:
+            connection.close()
+            raise
 
     def _discard(self, batch: Batch[Any], link: Link) -> None:
         defect = link.defect()
-        try:
-            link.close()
-            _log.warning("batch %s lost its connection (%s); the next one connects", batch.id, defect)
-        except Exception:
-            # A logging handler that raises must not replace the batch's own error: it may be an "unknown".
-            pass
+        link.close()
+        tell(logging.WARNING, "batch %s lost its connection (%s); the next one connects", batch.id, defect)
 
 
 class Link:
     """A connection with a second handle on its socket."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], give_up: float | None) -> None:
         self.connection = connection
+        self.session = Session(connection, prepared=Prepared(), give_up=give_up)
         self.was_cut = False
         # A descriptor of our own, because libpq closes its own when the link breaks, and by the time another
         # thread has read its number it may stand for a stranger's file.
@@ -96,7 +117,7 @@ class Link:
 
     def is_clean(self) -> bool:
         """Whether the next batch may begin on it; False if a transaction is left open or the link is gone."""
-        return self.connection.info.transaction_status == TransactionStatus.IDLE
+        return self.session.is_clean()
 
     def cut(self) -> None:
         """Shut the socket down under whoever waits on it."""
@@ -109,6 +130,8 @@ class Link:
     def defect(self) -> str:
         if self.was_cut:
             return "cut at its deadline"
+        if self.session.is_retired:
+            return "the server takes no writes"
         return "link lost" if self.connection.closed else "transaction left open"
 
     def close(self) -> None:
@@ -154,3 +177,7 @@ class _Stock:
             link = self._lent.get(batch_id)
             if link is not None:
                 link.cut()
+
+
+def _soon() -> float:
+    return time.monotonic() + _PATIENCE

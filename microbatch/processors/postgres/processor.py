@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, cast
 
 from psycopg import sql
 from psycopg.abc import Query
@@ -14,9 +14,16 @@ from microbatch.protocols import Batch
 from . import sqlstate
 from .borrowed import BorrowedConnections, PooledConnections, Source
 from .connections import OwnConnections
-from .parameters import Job, parameters_of
-from .statement import run_for_each
-from .transaction import commit
+from .errors import Undecided
+from .guard import Guards
+from .order import Order
+from .parameters import Job
+from .plan import Plan
+from .portable import Portable
+from .session import Session
+from .settling import Undecideds
+from .transaction import Attempt, Outdated
+from .writer import StatementWriter, TableWriter, Writer
 
 Statement: TypeAlias = str | bytes | sql.Composable
 Connections: TypeAlias = OwnConnections | BorrowedConnections
@@ -28,8 +35,8 @@ class PostgresProcessor:
     A job's result is its statement's row as a dict: None where it returned no row (no RETURNING, ON CONFLICT
     DO NOTHING, an UPDATE that met nothing), a list of dicts where it returned several.
 
-    A batch that fails is rolled back whole and raises psycopg's own error: nothing was written. When the
-    answer to COMMIT is missing, it raises `OutcomeUnknown`.
+    A job that the database refuses fails alone, with psycopg's own error; the others are committed. When the
+    answer to COMMIT is missing, the batch is looked up (`commit_guard`) and either completed or written anew.
 
     Args:
         conninfo: a connection string: the processor makes its own connections, one per batch in flight,
@@ -46,15 +53,90 @@ class PostgresProcessor:
             all of them while they wait for a future are a deadlock: their batch waits for a connection.
         statement: any single command, with psycopg's placeholders: `%(name)s` for jobs that are mappings or
             dataclasses, `%s` for sequences.
+        on_job_error: `"isolate"`: the good jobs of a batch are committed, each bad one gets its own error.
+            `"fail_batch"`: one bad job undoes its batch; it keeps its error, the others get `BatchRolledBack`.
+        commit_guard: how to find out whether a COMMIT without an answer was carried out: `"ledger"` (a table,
+            see `microbatch init-db`), `"xid"` (the server's memory of transactions, which a crash spoils),
+            `"none"` (such a batch is `CommitUnknown` at once), `"auto"` (the ledger if it is there, else xid).
+        sort_key: orders the jobs inside a batch, stably. Give the key that is updated or upserted, so that
+            several processes take their row locks in one order and do not deadlock.
 
     Raises:
-        ValueError: *conninfo* cannot be read or *statement* is empty.
+        ValueError: *conninfo* cannot be read, *statement* is empty, or an option has an unknown value.
         TypeError: one of them is of another type.
     """
 
-    def __init__(self, conninfo: str | Source | ConnectionPool[Any], statement: Statement) -> None:
-        self._statement = _checked(statement)
+    def __init__(
+        self,
+        conninfo: str | Source | ConnectionPool[Any],
+        statement: Statement,
+        *,
+        on_job_error: Literal["isolate", "fail_batch"] = "isolate",
+        commit_guard: Literal["auto", "ledger", "xid", "none"] = "auto",
+        sort_key: Callable[[Any], Any] | None = None,
+    ) -> None:
+        isolates = _one_of("on_job_error", on_job_error, ("isolate", "fail_batch")) == "isolate"
+        self._set_up(conninfo, StatementWriter(_checked(statement), isolates), commit_guard, sort_key)
+
+    @classmethod
+    def insert_into(
+        cls,
+        conninfo: str | Source | ConnectionPool[Any],
+        table: str,
+        columns: Sequence[str],
+        *,
+        returning: Literal["*"] | Sequence[str] | None = "*",
+        on_conflict: str | sql.Composable | None = None,
+        sort_key: Callable[[Any], Any] | None = None,
+        strategy: Literal["auto", "keys", "merge", "statement"] = "auto",
+        on_job_error: Literal["isolate", "fail_batch"] = "isolate",
+        commit_guard: Literal["auto", "ledger", "xid", "none"] = "auto",
+    ) -> PostgresProcessor:
+        """A processor that inserts jobs as rows of *table*, a batch in one statement: the bulk form.
+
+        Every value is sent as text and read by the server as the column's type, as a literal in SQL would be: 1.5
+        for an integer column is an error and is not rounded. dicts and lists for json columns become JSON.
+
+        Args:
+            conninfo: as for the constructor.
+            table: its name as in SQL: `payments`, `shop.payments`, `"Odd Name"`.
+            columns: the columns that every job gives: as keys of a mapping, fields of a dataclass or in this order
+                in a sequence. The others get their defaults.
+            returning: the columns of a job's row that is its result; None if no result is needed.
+            on_conflict: SQL that follows ON CONFLICT, such as `(id) DO NOTHING`; such a job may have no row, and
+                its result is None.
+            sort_key: as for the constructor.
+            strategy: how; see `plan`. One that cannot be had for the table is refused by `open()`.
+            on_job_error: as for the constructor.
+            commit_guard: as for the constructor; drawn keys need none.
+
+        Raises:
+            ValueError: an option has a wrong value; the message names it and the remedy.
+            TypeError: one of them is of another type.
+        """
+        isolates = _one_of("on_job_error", on_job_error, ("isolate", "fail_batch")) == "isolate"
+        self = cls.__new__(cls)
+        writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates)
+        self._set_up(conninfo, writer, commit_guard, sort_key)
+        return self
+
+    def _set_up(
+        self,
+        conninfo: str | Source | ConnectionPool[Any],
+        writer: Writer,
+        commit_guard: str,
+        sort_key: Callable[[Any], Any] | None,
+    ) -> None:
         self._connections = _connections(conninfo)
+        self._writer = writer
+        self._guards = Guards(_one_of("commit_guard", commit_guard, ("auto", "ledger", "xid", "none")))
+        self._order = Order(sort_key)
+        self._undecideds = Undecideds()
+
+    @property
+    def plan(self) -> Plan | None:
+        """How `insert_into` writes its table and why; None before `open()` or the first batch, and for statements."""
+        return self._writer.plan
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} with {self._connections}>"
@@ -64,28 +146,61 @@ class PostgresProcessor:
         """Write *batch* and return its results in its order. Blocks until COMMIT is answered.
 
         Raises:
-            TypeError: a job is neither a mapping nor a sequence nor a dataclass instance.
             psycopg.Error: the database or the way to it failed; nothing was written.
-            OutcomeUnknown: the answer to COMMIT is missing.
+            CommitUnknown: the answer to COMMIT is missing; the subclass `Undecided` asks for another attempt.
         """
-        parameters = [parameters_of(job) for job in batch]
-        if not parameters:
+        if not len(batch):
             return []
-        with self._connections.lend(batch) as connection:
-            work = partial(run_for_each, connection, self._statement, parameters)
-            return commit(connection, work, batch.id)
+        pending = self._undecideds.get(batch)
+        attempt: Attempt | Portable | None = None
+        order = None
+        try:
+            with self._connections.lend(batch) as session:
+                if pending is not None:
+                    results = self._undecideds.settle(session, batch, pending)
+                    if results is not None:
+                        return results
+                    pending = None
+                order = self._order.of(batch)
+                attempt = self._writer.attempt(session, order.batch, self._guards)
+                try:
+                    return order.restored(attempt.run())
+                except Outdated:
+                    self._writer.forget(session)
+                attempt = self._writer.attempt(session, order.batch, self._guards)
+                return order.restored(attempt.run())
+        except BaseException as error:
+            fresh = None if attempt is None else attempt.pending
+            if fresh is not None:
+                fresh.order = order
+            try:
+                verdict = self._undecideds.verdict(batch, pending, fresh, error)
+            except BaseException:  # an interruption, which says nothing else
+                verdict = self._undecideds.verdict(batch, pending, fresh, error)
+            if verdict is error:
+                raise
+            raise verdict from error
 
     def open(self) -> None:
-        """Connect, so that an unreachable server shows at once. Blocks up to `connect_timeout` seconds."""
-        self._connections.open()
+        """Connect, so that an unreachable server shows at once. Blocks up to `connect_timeout` seconds.
+
+        Raises:
+            psycopg.Error: the server cannot be reached.
+            ValueError: `commit_guard="ledger"`, and its table is not there or not writable; or the table of
+                `insert_into` cannot be written as asked.
+        """
+        with self._connections.visit() as session:
+            if session is not None:
+                self._guards.choose(session)
+                self._writer.open(session)
 
     def close(self) -> None:
         """Close the idle ones of the connections made in this process; a later batch makes new ones."""
-        self._connections.close()
+        self._connections.close(self._leave)
 
     def is_retryable(self, error: BaseException) -> bool:
-        """Whether the link was lost before COMMIT, or the batch met a deadlock or a serialization failure."""
-        return sqlstate.is_retryable(error)
+        """Whether the same jobs may succeed when tried again; the table is in `docs/postgres.rst`. Override at will."""
+        return isinstance(error, Undecided) or sqlstate.is_retryable(error)
 
     def abandon(self, batch: Batch[Job]) -> None:
         """Free the thread in `process(batch)` by cutting its connection; from any thread, without blocking.
@@ -93,6 +208,16 @@ class PostgresProcessor:
         Borrowed connections are left alone. The server notices when the running statement ends.
         """
         self._connections.abandon(batch)
+
+    def _leave(self, session: Session) -> None:
+        if self._undecideds.is_empty():
+            self._guards.leave(session)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
 
 
 def _checked(statement: Statement) -> Query:

@@ -1,4 +1,4 @@
-"""Run the statement once per job and read one result per job."""
+"""Any statement, once per job."""
 
 from __future__ import annotations
 
@@ -7,39 +7,36 @@ from typing import Any
 
 import psycopg
 from psycopg.abc import Query
-from psycopg.rows import dict_row
+from psycopg.pq.abc import PGresult
 
-from .parameters import Parameters
-
-
-def run_for_each(connection: psycopg.Connection[Any], statement: Query, parameters: Sequence[Parameters]) -> list[Any]:
-    """One result per job, by position: the statement's row, None without one, a list where there are several.
-
-    Call it inside a transaction: an error in the middle leaves the statements before it executed.
-    """
-    with connection.cursor(row_factory=dict_row) as cursor:
-        cursor.executemany(statement, parameters, returning=True)
-        results = _read_sets(cursor)
-    if len(results) != len(parameters):
-        # No ProcessorContractError: that one says that nobody knows, and this is rolled back.
-        raise psycopg.ProgrammingError(
-            f"{len(results)} results for {len(parameters)} jobs: the statement must be a single command"
-        )
-    return results
+from .flight import Flight
+from .parameters import Job
+from .translate import Bound, Reader, as_result, bind_jobs
 
 
-def _read_sets(cursor: psycopg.Cursor[dict[str, Any]]) -> list[Any]:
-    # Never flattened: a job whose set is empty (ON CONFLICT DO NOTHING) would give its place to the next one.
-    results = [_result_of(cursor)]
-    while cursor.nextset():
-        results.append(_result_of(cursor))
-    return results
+class StatementWay:
+    """The jobs of one batch, bound to their statement; a job's result is by position, so it is exact."""
 
+    def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
+        bound = bind_jobs(connection, statement, jobs)
+        self.refused = {i: job for i, job in enumerate(bound) if isinstance(job, Exception)}
+        self._bound: list[Any] = bound  # a Bound where nothing was refused
+        self._reader = Reader(connection)
 
-def _result_of(cursor: psycopg.Cursor[dict[str, Any]]) -> Any:
-    if cursor.rownumber is None:  # the statement returns no rows at all
-        return None
-    rows = cursor.fetchall()
-    if len(rows) > 1:
-        return rows
-    return rows[0] if rows else None
+    def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
+        for i in positions:
+            bound: Bound = self._bound[i]
+            flight.run(bound.command, bound.parameters, bound.types, bound.formats)
+        return len(positions)
+
+    def culprit(self, positions: Sequence[int], command: int) -> int | None:
+        return positions[command]
+
+    def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
+        return {i: self._result(i, answer) for i, answer in zip(positions, answers, strict=True)}
+
+    def _result(self, i: int, answer: PGresult) -> Any:
+        try:
+            return as_result(self._reader.rows(answer, self._bound[i].types))
+        except Exception as error:
+            return error

@@ -1,76 +1,353 @@
-"""Commit a batch and say honestly what came of it."""
+"""One attempt to write a batch: a transaction that is committed in a flight of its own, and an honest word about it.
+
+What may happen to the batch, and who says so:
+
+1. Before COMMIT is called, a lost link or an error proves that nothing was written.
+2. From that call on only two things are certain: the answer COMMIT, and an ERROR on a connection that is still usable.
+   Everything else leaves the batch undecided, and the guard finds out.
+3. COMMIT is sent alone, when every result is here. What the guard finds committed is completed with those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGresult
 
-from microbatch.errors import OutcomeUnknown, ProcessorContractError
+from microbatch.errors import ProcessorContractError
+from microbatch.protocols import Batch
 
-from .sqlstate import is_refusal
+from .errors import BatchRolledBack, CommitUnknown, Undecided
+from .flight import Flight, is_error
+from .guard import Guard, NoGuard, Token, read_token
+from .isolation import Isolated, by_chunks, one_by_one
+from .order import Ordered
+from .session import MARKER, Session
+from .sqlstate import Kind, finally_failed, is_refusal, kind_of
+from .way import Way
 
-Work = Callable[[], list[Any]]
+_IMMEDIATE = b"SET CONSTRAINTS ALL IMMEDIATE"
+# No statement may outlast the batch's deadline, and a client that vanished must not keep its locks for ever.
+_LIMITS = (
+    "set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true),"
+    " set_config('idle_in_transaction_session_timeout', $3, true)"
+)
+_IDENTITY = "pg_current_xact_id()::text, pg_backend_pid()::text"
+_IDLE_GRACE = 1000  # milliseconds
+# So many attempts of a whole batch before it is isolated, so that a job that always meets the error meets it alone.
+_TOGETHER = {Kind.LOCK: 1, Kind.CONFLICT: 3, Kind.RESOURCES: 3}
+# A lock is waited for during so large a part of the time that is left: first by the whole batch, which is then
+# isolated; then by each job that meets it.
+_PATIENCE = {False: 4, True: 10}
 
 
-def commit(connection: psycopg.Connection[Any], work: Work, batch_id: str) -> list[Any]:
-    """Do *work* in a transaction of its own, or in a savepoint where the connection is inside one already.
+@dataclass(slots=True)
+class Pending:
+    """A batch whose COMMIT was not answered: what it comes to if it was carried out, and how to find out."""
 
-    Raises:
-        OutcomeUnknown: COMMIT was called and its answer is missing.
-        Exception: any other error means that nothing was written.
+    results: list[Any]
+    token: Token
+    guard: Guard
+    deadline: float | None
+    order: Ordered | None = None
+    is_settled: bool = False
+
+    def outcome(self) -> list[Any]:
+        """The results, in the order of the jobs."""
+        return self.results if self.order is None else self.order.restored(self.results)
+
+
+class Refused(Exception):
+    """The server refused a command before COMMIT; the transaction is aborted. *position* is the job, where known."""
+
+    def __init__(self, error: psycopg.Error, position: int | None) -> None:
+        super().__init__()
+        self.error = error
+        self.position = position
+
+
+class Outdated(Exception):
+    """What is known of the table is out of date; nothing was written, and another attempt starts anew."""
+
+
+class Frame:
+    """One batch on one session, whatever it is written with; used once, by one thread.
+
+    `pending` is set from the call of COMMIT until its answer is understood.
     """
-    _check_usable(connection)
-    outside = _status(connection) == TransactionStatus.IDLE
-    committing = False
-    try:
-        with connection.transaction():
-            results = work()
-            _check_open(connection, batch_id)
-            # Set before the block ends, which is what sends COMMIT: from here on a failure proves nothing.
-            # A savepoint is the outer transaction's to commit.
-            committing = outside
-        _check_answered(connection, outside)
-    except BaseException as error:
-        if committing and not (is_refusal(error) and _status(connection) == TransactionStatus.IDLE):
-            raise OutcomeUnknown(
-                f"no answer to the COMMIT of batch {batch_id} ({type(error).__name__}):"
-                " its rows may be in the database or not",
-                batch_id=batch_id,
-            ) from error
-        raise
-    return results
+
+    def __init__(self, session: Session, batch: Batch[Any], isolates: bool) -> None:
+        self._session = session
+        self._batch = batch
+        self._isolates = isolates
+        # Inside somebody else's transaction only a savepoint is ours, and COMMIT is theirs.
+        self._inside = session.status == TransactionStatus.INTRANS
+        self.pending: Pending | None = None
+
+    def _raise_if_retried(self, error: Exception, kind: Kind) -> None:
+        """Unless it is a matter of single jobs: the whole batch is tried again."""
+        if self._is_matter_of_jobs(kind):
+            self._last_word(error)
+            return
+        if kind is Kind.READ_ONLY and not self._inside:
+            self._session.retire()
+        raise error
+
+    def _is_matter_of_jobs(self, kind: Kind) -> bool:
+        if kind in (Kind.PERMANENT, Kind.STALE):
+            return True
+        if kind is not Kind.LOCK and not self._isolates:
+            return False
+        return kind in _TOGETHER and self._batch.attempt > _TOGETHER[kind]
+
+    def _concerns_all(self, error: Exception, kind: Kind) -> bool:
+        """Whether not even the others can be written; a lock was waited for by one job alone."""
+        return kind is not Kind.LOCK and not self._is_matter_of_jobs(kind)
+
+    def _last_word(self, error: Exception) -> Exception:
+        """*error*, not to be tried again where it has been."""
+        kind = kind_of(error)
+        is_last = kind is Kind.STALE or (kind is Kind.LOCK and self._batch.attempt > _TOGETHER[kind])
+        return finally_failed(error) if is_last and isinstance(error, psycopg.Error) else error
+
+    def _all_failed(self, failed: dict[int, Exception]) -> list[Any]:
+        first, error = next(iter(failed.items()))
+        state = getattr(error, "sqlstate", None)
+        reason = f"{type(error).__name__} {state}" if state else type(error).__name__
+        message = f"another job of the batch failed ({reason}); nothing was written"
+        return [
+            failed[i] if i in failed else BatchRolledBack(message, job=self._batch[first])
+            for i in range(len(self._batch))
+        ]
 
 
-def _check_usable(connection: psycopg.Connection[Any]) -> None:
-    # In a pipeline the answer to COMMIT is read later, by somebody else.
-    if connection.info.pipeline_status != PipelineStatus.OFF:
-        raise psycopg.NotSupportedError("a batch cannot run on a connection in pipeline mode: leave it first")
-    # The server would say the same to SAVEPOINT, but psycopg 3.2 then refuses the user's rollback().
-    if _status(connection) == TransactionStatus.INERROR:
-        raise psycopg.errors.InFailedSqlTransaction(
-            "the transaction on this connection is aborted: roll it back before the batch"
-        )
+class Attempt(Frame):
+    """Writes one batch by flights."""
+
+    def __init__(self, session: Session, way: Way, batch: Batch[Any], guard: Guard, isolates: bool) -> None:
+        super().__init__(session, batch, isolates)
+        self._way = way
+        self._guard = NoGuard() if self._inside else guard
+        self._token = Token()
+        self.outdated_by: frozenset[str] = frozenset()  # the SQLSTATEs of an answer that is worth another look
+
+    def run(self) -> list[Any]:
+        """One result per job; an exception in the place of a job that failed alone.
+
+        Raises:
+            Undecided, CommitUnknown: COMMIT was called and nobody knows.
+            ProcessorContractError: the statement itself ended the transaction.
+            psycopg.Error: nothing was written for any job.
+        """
+        failed = dict(self._way.refused)
+        if failed and not self._isolates:
+            return self._all_failed(failed)
+        while positions := [i for i in range(len(self._batch)) if i not in failed]:
+            results = self._write(positions, failed)
+            if not results:
+                continue  # all of them failed, and everything is undone
+            unread = {i: value for i, value in results.items() if isinstance(value, Exception)}
+            if unread and not self._isolates:
+                self._roll_back()
+                return self._all_failed(unread)
+            if not unread:
+                ordered = [results[i] if i in results else failed[i] for i in range(len(self._batch))]
+                self._commit(ordered)
+                return ordered
+            # Written, but the row cannot be handed out: once more, without these.
+            failed |= unread
+            self._roll_back()
+        return [failed[i] for i in range(len(self._batch))]
+
+    # Writing, up to a transaction that is open and complete.
+
+    def _write(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
+        stale = False
+        while True:
+            try:
+                return self._plainly(positions)
+            except Refused as refused:
+                self._roll_back()
+                self._check_outdated(refused.error)
+                kind = kind_of(refused.error)
+                if kind is Kind.STALE and not stale and self._session.forget_prepared():
+                    stale = True
+                    continue
+                self._raise_if_retried(refused.error, kind)
+                if not self._isolates:
+                    failed.update(self._blamed(refused))
+                    return {}
+                if len(positions) == 1:
+                    failed[positions[0]] = self._last_word(refused.error)
+                    return {}
+                return self._isolated(positions, failed)
+
+    def _plainly(self, positions: list[int]) -> dict[int, Any]:
+        """All jobs in one flight."""
+        flight = self._session.flight()
+        before = self._begin(flight)
+        count = self._way.send(flight, positions)
+        if not self._inside:
+            # What is deferred to COMMIT would be an error nobody could isolate.
+            flight.run(_IMMEDIATE)
+        flight.sync()
+        answers = self._landed(flight)
+        for number, answer in enumerate(answers):
+            if is_error(answer):
+                command = number - before
+                is_job = 0 <= command < count
+                raise Refused(self._session.error(answer), self._way.culprit(positions, command) if is_job else None)
+        self._read_head(answers)
+        return self._way.read(positions, answers[before : before + count])
+
+    def _isolated(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
+        isolated = self._isolate(by_chunks, positions)
+        if isolated.order_mattered():
+            # The earlier of two jobs wins, also when only its neighbours had made its chunk fail.
+            self._roll_back()
+            isolated = self._isolate(one_by_one, positions)
+        for i, error in isolated.errors.items():
+            failed[i] = self._last_word(error)
+        if not isolated.results:
+            self._roll_back()
+        return isolated.results
+
+    def _isolate(self, how: Any, positions: list[int]) -> Isolated:
+        flight = self._session.flight()
+        self._begin(flight, isolating=True)
+        if not self._inside:
+            flight.run(_IMMEDIATE)
+        flight.sync()
+        answers = self._landed(flight)
+        for answer in answers:
+            if is_error(answer):
+                self._roll_back()
+                self._session.retire()  # what is known of this server may be out of date
+                raise self._session.error(answer)
+        self._read_head(answers)
+        isolated: Isolated = how(self._session, self._way, positions)
+        self._check_open()
+        for error in isolated.errors.values():
+            if self._concerns_all(error, kind_of(error)):
+                self._roll_back()
+                self._raise_if_retried(error, kind_of(error))
+        return isolated
+
+    def _check_outdated(self, error: psycopg.Error) -> None:
+        if error.sqlstate in self.outdated_by:
+            raise Outdated from error
+
+    def _landed(self, flight: Flight) -> list[PGresult]:
+        answers = flight.land()[0]
+        self._check_open()
+        return answers
+
+    def _check_open(self) -> None:
+        if self._session.status not in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+            raise ProcessorContractError(
+                f"the statement ended the transaction of batch {self._batch.id}: take COMMIT or ROLLBACK out of it",
+                batch_id=self._batch.id,
+            )
+
+    # Whose fault it is, where the batch fails as a whole.
+
+    def _blamed(self, refused: Refused) -> dict[int, Exception]:
+        if refused.position is None:
+            raise refused.error
+        return dict(enumerate(self._all_failed({refused.position: refused.error})))
+
+    # The frame: BEGIN and COMMIT, or a savepoint in somebody else's transaction.
+
+    def _begin(self, flight: Flight, isolating: bool = False) -> int:
+        """Queue the beginning; returns how many commands that is."""
+        self._session.is_open = True
+        if self._inside:
+            flight.run(b"SAVEPOINT microbatch_batch")
+            return 1
+        flight.run(self._session.begin_command())
+        head, parameters = self._head(isolating)
+        flight.run(head, parameters)
+        return 2 + self._guard.begin(flight, self._token)
+
+    def _head(self, isolating: bool) -> tuple[bytes, list[bytes]]:
+        columns, parameters = [], []
+        if self._guard.needs_xid:
+            columns += [_IDENTITY, *([MARKER] if self._session.facts.pooled else [])]
+        if limits := self._limits(isolating):
+            columns.append(_LIMITS)
+            parameters = [b"%d" % limit for limit in limits]
+        return f"SELECT {', '.join(columns) or '1'}".encode(), parameters
+
+    def _limits(self, isolating: bool) -> list[int] | None:
+        left, facts = self._session.milliseconds_left(), self._session.facts
+        if left is None:
+            return None
+        own = (facts.statement_timeout, facts.lock_timeout, facts.idle_timeout)
+        ours = (left, max(1, left // _PATIENCE[isolating]), left + _IDLE_GRACE)
+        return [min(limit, given or limit) for limit, given in zip(ours, own, strict=True)]
+
+    def _read_head(self, answers: Sequence[PGresult]) -> None:
+        if self._guard.needs_xid:
+            read_token(self._session, self._token, answers[1])
+
+    def _roll_back(self) -> None:
+        flight = self._session.flight()
+        if self._inside:
+            flight.run(b"ROLLBACK TO microbatch_batch")
+            flight.run(b"RELEASE microbatch_batch")
+        else:
+            flight.run(b"ROLLBACK")
+        flight.sync()
+        flight.land()
+        self._session.is_open = False
+        # Undone for certain, so its lane is free; behind a lost link it may be locked for a while.
+        self._guard.release(self._token)
+        self._token = Token()
+
+    def _commit(self, results: list[Any]) -> None:
+        self.pending = Pending(results, self._token, self._guard, self._batch.deadline)
+        flight = self._session.flight()
+        try:
+            flight.run(b"RELEASE microbatch_batch" if self._inside else b"COMMIT")
+            flight.sync()
+            answer = flight.land()[0][-1]
+        except BaseException as error:
+            if self._inside:
+                self.pending = None  # the transaction went with the connection
+                raise
+            raise unknown(self._batch.id, self._guard, self._token, error) from error
+        if not is_error(answer) and answer.command_status != b"ROLLBACK":
+            # `pending` stays: an interruption on the way back must not look like a failure.
+            self._session.is_open = False
+            self._guard.release(self._token)
+            return
+        failure = self._refusal(answer)
+        if failure is None:
+            failure = self._session.error(answer)
+            raise unknown(self._batch.id, self._guard, self._token, failure) from failure
+        self.pending = None
+        self._roll_back()
+        raise failure
+
+    def _refusal(self, answer: PGresult) -> psycopg.Error | None:
+        """What the answer to COMMIT says, if it says for certain that nothing was written."""
+        if not is_error(answer):
+            # Said without an error, so without a SQLSTATE of the server's.
+            return psycopg.errors.InFailedSqlTransaction("the server rolled the batch back instead of committing it")
+        failure = self._session.error(answer)
+        if self._inside or (is_refusal(failure) and self._session.status == TransactionStatus.IDLE):
+            return failure
+        return None
 
 
-def _check_open(connection: psycopg.Connection[Any], batch_id: str) -> None:
-    if connection.closed:
-        raise psycopg.OperationalError("the connection was closed inside the batch")
-    if _status(connection) != TransactionStatus.INTRANS:
-        raise ProcessorContractError(
-            f"the statement ended the transaction of batch {batch_id}: take COMMIT or ROLLBACK out of it",
-            batch_id=batch_id,
-        )
-
-
-def _check_answered(connection: psycopg.Connection[Any], outside: bool) -> None:
-    # psycopg's transaction() ends without a word, and without COMMIT, when the connection is closed by then.
-    expected = TransactionStatus.IDLE if outside else TransactionStatus.INTRANS
-    if _status(connection) != expected:
-        raise psycopg.OperationalError("the connection was closed before the transaction ended")
-
-
-def _status(connection: psycopg.Connection[Any]) -> TransactionStatus:
-    return connection.info.transaction_status
+def unknown(batch_id: str, guard: Guard, token: Token, reason: BaseException | str) -> CommitUnknown:
+    """What to raise when the answer to COMMIT is missing because of *reason*."""
+    why = reason if isinstance(reason, str) else type(reason).__name__
+    message = f"no answer to the COMMIT of batch {batch_id} ({why})"
+    if isinstance(guard, NoGuard):
+        return CommitUnknown(f"{message}: its rows may be in the database or not", batch_id=batch_id)
+    return Undecided(f"{message}; the {guard.name} guard can tell", batch_id=batch_id, lookup=guard.lookup(token))

@@ -1,0 +1,155 @@
+"""What the catalogue says about a table: one question, asked once per connection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from .session import Session
+
+# Without type modifiers, which would cut a value silently in a cast; `full_type` has them.
+_QUESTION = b"""
+SELECT json_build_object(
+  'schema', n.nspname, 'name', c.relname, 'kind', c.relkind, 'row_security', row_security_active(c.oid),
+  'insert_rule', EXISTS (SELECT FROM pg_rewrite w WHERE w.ev_class = c.oid AND w.ev_type = '3'
+                         AND w.ev_enabled IN ('O', 'A')),
+  'before_row_insert', EXISTS (SELECT FROM pg_trigger t
+      WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
+        AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND (t.tgtype & 7) = 7),
+  'deferred', EXISTS (SELECT FROM pg_constraint k WHERE k.condeferrable
+                      AND (k.conrelid = c.oid OR k.conrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
+  'key_name', i.indexrelid::regclass::text,
+  'key_constraint', (SELECT relname FROM pg_class WHERE oid = i.indexrelid),
+  'usable_key', coalesce(i.indimmediate AND i.indisvalid, false),
+  'columns', (SELECT json_agg(json_build_object(
+      'name', a.attname, 'type', format_type(a.atttypid, -1), 'full_type', format_type(a.atttypid, a.atttypmod),
+      'is_json', coalesce(nullif(y.typbasetype, 0), y.oid) IN ('json'::regtype, 'jsonb'::regtype),
+      'identity', a.attidentity, 'generated', a.attgenerated <> '',
+      'default', pg_get_expr(d.adbin, d.adrelid),
+      'sequences', (SELECT json_agg(s.oid::int8) FROM pg_class s WHERE s.relkind = 'S' AND s.oid IN (
+          SELECT p.refobjid FROM pg_depend p WHERE p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
+          UNION SELECT p.objid FROM pg_depend p WHERE a.attidentity <> '' AND p.classid = 'pg_class'::regclass
+              AND p.refclassid = 'pg_class'::regclass AND p.refobjid = a.attrelid AND p.refobjsubid = a.attnum
+              AND p.deptype = 'i')),
+      'may_draw', (SELECT bool_and(has_sequence_privilege(s.oid, 'USAGE')) FROM pg_class s WHERE s.relkind = 'S'
+          AND s.oid IN (
+          SELECT p.refobjid FROM pg_depend p WHERE p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
+          UNION SELECT p.objid FROM pg_depend p WHERE a.attidentity <> '' AND p.classid = 'pg_class'::regclass
+              AND p.refclassid = 'pg_class'::regclass AND p.refobjid = a.attrelid AND p.refobjsubid = a.attnum
+              AND p.deptype = 'i')),
+      'may_insert', has_column_privilege(c.oid, a.attnum, 'INSERT'),
+      'may_select', has_column_privilege(c.oid, a.attnum, 'SELECT'),
+      'in_key', coalesce(a.attnum = ANY (i.indkey), false)) ORDER BY a.attnum)
+    FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped))
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+WHERE c.oid = to_regclass($1)"""
+
+_RANDOM_UUIDS = ("gen_random_uuid()", "uuid_generate_v4()", "public.uuid_generate_v4()")
+_ORDERED_UUIDS = ("uuidv7()",)
+# Of these the text that was drawn is the text that comes back.
+_KEY_TYPES = ("integer", "bigint", "numeric", "text", "character varying", "uuid")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column; *type* is how to cast to it, without a modifier."""
+
+    name: str
+    type: str
+    full_type: str
+    is_json: bool
+    identity: str
+    generated: bool
+    default: str | None
+    sequences: tuple[int, ...]
+    may_draw: bool
+    may_insert: bool
+    may_select: bool
+    in_key: bool
+
+    @property
+    def is_random_uuid(self) -> bool:
+        """Whether its default is a random uuid, which can be made anywhere."""
+        return self.type == "uuid" and self.default in _RANDOM_UUIDS
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its values can be had before the row is: from its one sequence, or as a uuid."""
+        if self.type not in _KEY_TYPES or not (self.may_insert and self.may_select):
+            return False
+        if self.is_random_uuid or (self.type == "uuid" and self.default in _ORDERED_UUIDS):
+            return True
+        return len(self.sequences) == 1 and self.may_draw
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table as `insert_into` sees it; *kind* is `relkind`."""
+
+    schema: str
+    name: str
+    kind: str
+    row_security: bool
+    insert_rule: bool
+    before_row_insert: bool
+    deferred: bool
+    key_name: str | None
+    key_constraint: str | None
+    usable_key: bool
+    columns: tuple[Column, ...]
+
+    @property
+    def key(self) -> tuple[Column, ...]:
+        """The columns of the primary key."""
+        return tuple(column for column in self.columns if column.in_key)
+
+    def column(self, name: str) -> Column:
+        return next(column for column in self.columns if column.name == name)
+
+    def identifier(self) -> bytes:
+        """Schema and name as SQL."""
+        return quoted(self.schema, self.name)
+
+
+def look_up(session: Session, name: str, columns: Sequence[str]) -> Table:
+    """The table that *name* is on this session's search path, checked against *columns*.
+
+    Raises:
+        ValueError: there is no such table or column, or it takes no values; the message says which.
+    """
+    answer = session.ask(_QUESTION, name)
+    if not answer.ntuples:
+        hint = "" if name == name.lower() else "; a name with capitals is quoted, as in '\"Orders\"'"
+        raise ValueError(f"there is no table {name} in this database, or not on the search path{hint}")
+    found = json.loads((answer.get_value(0, 0) or b"").decode(session.connection.info.encoding))
+    found["columns"] = tuple(_column(each) for each in found["columns"] or ())
+    table = Table(**found)
+    _check(table, name, columns)
+    return table
+
+
+def quoted(*names: str) -> bytes:
+    """*names* as one SQL identifier."""
+    return sql.Identifier(*names).as_bytes(None)
+
+
+def _column(found: dict[str, object]) -> Column:
+    sequences = found.pop("sequences") or []
+    may_draw = bool(found.pop("may_draw"))
+    return Column(**found, sequences=tuple(sequences), may_draw=may_draw)  # type: ignore[arg-type]
+
+
+def _check(table: Table, name: str, columns: Sequence[str]) -> None:
+    if table.kind not in "rpvf":
+        raise ValueError(f"{name} is no table")
+    known = {column.name: column for column in table.columns}
+    if unknown := [column for column in columns if column not in known]:
+        raise ValueError(f"table {name} has no column {unknown[0]!r}; its columns are {', '.join(known)}")
+    if generated := [column for column in columns if known[column].generated]:
+        raise ValueError(f"table {name} generates column {generated[0]!r} itself and takes no values for it")

@@ -1,0 +1,337 @@
+"""Writing with drawn keys: one flight that commits by itself, and a retry that cannot double.
+
+What may happen, and what follows:
+
+1. The flight's synchronisation point came back and no error stood before it: committed.
+2. An ERROR came back: nothing is there. The key's own constraint in a first attempt is nobody's fault: a stranger has
+   the key, so others are drawn. Everything else is isolated, in a transaction of its own and with the same keys.
+3. No answer: undecided. The retry inserts the same keys where they are not there yet, in an explicit transaction. It
+   waits for a first attempt that is still open, and so does a first attempt that arrives late for the retry.
+   All rows went in: the first attempt left nothing, and the retry is committed. Otherwise it is rolled back (a part of
+   the rows may have been deleted since, and must not come back), and the keys are looked up.
+4. After a failover a key may be a stranger's: then the contents decide, and where they cannot nobody knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg.pq.abc import PGresult
+
+from microbatch.protocols import Batch
+
+from .errors import CommitUnknown, Undecided
+from .flight import Flight, is_error
+from .guard import NoGuard, Token
+from .keys import Keys
+from .session import Session
+from .sqlstate import Kind, kind_of
+from .tables import KeyedWay
+from .transaction import Attempt, Pending, Refused, unknown
+
+_END = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1::int AND backend_start::text = $2"
+_UNIQUE = "23505"
+_THEFTS = 20  # so often new keys are drawn; then somebody inserts by hand what the sequence gives, too
+_ROUNDS = 5  # of a retry whose keys appear and disappear
+
+
+class KeyGuard:
+    """Not a witness but the retry itself: it ends with the rows there, once, and fills in the *results*."""
+
+    name = "keys"
+    needs_xid = False
+
+    def __init__(self, way: KeyedWay, positions: Sequence[int], results: list[Any], batch: Batch[Any]) -> None:
+        self._way = way
+        self._positions = list(positions)
+        self._results = results
+        self._batch = batch
+
+    def begin(self, flight: Flight, token: Token) -> int:
+        return 0
+
+    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+        retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self._fail)
+        for i, result in retry.run().items():
+            # A row that was read before COMMIT is the first attempt's own; a later look may find it changed.
+            if not isinstance(self._results[i], dict):
+                self._results[i] = result
+        return True
+
+    def release(self, token: Token) -> None:
+        pass
+
+    def lookup(self, token: Token) -> str | None:
+        return None
+
+    def _fail(self, failed: dict[int, Exception]) -> None:
+        """These are out, whatever becomes of the others: the next round is not about them."""
+        for i, error in failed.items():
+            self._results[i] = error
+            self._positions.remove(i)
+
+
+class KeyedAttempt(Attempt):
+    """The first attempt, and the isolation that may follow it."""
+
+    def __init__(
+        self, session: Session, way: KeyedWay, batch: Batch[Any], keys: Keys, isolates: bool, key_constraint: str | None
+    ) -> None:
+        super().__init__(session, way, batch, NoGuard(), isolates)
+        self._keyed = way
+        self._keys = keys
+        self._key_constraint = key_constraint
+
+    def run(self) -> list[Any]:
+        failed = dict(self._way.refused)
+        if failed and not self._isolates:
+            return self._all_failed(failed)
+        positions = [i for i in range(len(self._batch)) if i not in failed]
+        if positions:
+            self._give_keys(positions)
+            results = self._first(positions, failed)
+            if results is None:
+                return [failed[i] for i in range(len(self._batch))]
+            return self._complete(results, failed)
+        return [failed[i] for i in range(len(self._batch))]
+
+    def _give_keys(self, positions: Sequence[int]) -> None:
+        self._keyed.keys = dict(zip(positions, self._keys.draw(self._session, len(positions)), strict=True))
+
+    def _complete(self, results: dict[int, Any], failed: dict[int, Exception]) -> list[Any]:
+        return [results[i] if i in results else failed[i] for i in range(len(self._batch))]
+
+    def _first(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any] | None:
+        """The results, committed; None if every job failed."""
+        for _ in range(_THEFTS):
+            try:
+                return self._fly(positions)
+            except Refused as refused:
+                error = refused.error
+            if not self._is_theft(error, positions):
+                break
+            self._keys.forget()
+            self._give_keys(positions)
+        self._settle_failure(error, positions, failed)
+        remaining = [i for i in positions if i not in failed]
+        if not remaining:
+            return None
+        return self._isolated_with_keys(remaining, failed)
+
+    def _isolated_with_keys(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any] | None:
+        for _ in range(_THEFTS):
+            alone: dict[int, Exception] = {}
+            results = self._isolated(positions, alone)
+            if any(isinstance(error, psycopg.Error) and self._is_theft(error, [i]) for i, error in alone.items()):
+                if results:
+                    self._roll_back()
+                self._keys.forget()
+                self._give_keys(positions)
+                continue
+            failed |= alone
+            return self._commit_isolated(results, failed) if results else None
+        raise psycopg.errors.UniqueViolation("the keys of this table are taken by others as fast as they are drawn")
+
+    def _fly(self, positions: list[int]) -> dict[int, Any]:
+        """One flight, one implicit transaction, one round trip."""
+        self.pending = self._undecided(positions, [None] * len(self._batch))
+        flight = self._session.flight()
+        before = self._limit(flight)
+        count = self._way.send(flight, positions)
+        if self._keyed.has_deferred:
+            flight.run(b"SET CONSTRAINTS ALL IMMEDIATE")
+        flight.sync()
+        try:
+            answers = flight.land()[0]
+        except BaseException as error:
+            raise unknown(self._batch.id, self.pending.guard, self._token, error) from error
+        for number, answer in enumerate(answers):
+            if is_error(answer):
+                # The server says so itself, before the implicit commit or in its place.
+                self.pending = None
+                position = self._way.culprit(positions, number - before) if before <= number < before + count else None
+                raise Refused(self._session.error(answer), position)
+        return self._way.read(positions, answers[before : before + count])
+
+    def _limit(self, flight: Flight) -> int:
+        limits = self._limits(False)
+        if limits is None:
+            return 0
+        # Nothing is idle in a transaction of one flight.
+        flight.run(
+            b"SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true)",
+            [b"%d" % limit for limit in limits[:2]],
+        )
+        return 1
+
+    def _is_theft(self, error: psycopg.Error, positions: Sequence[int]) -> bool:
+        if error.sqlstate != _UNIQUE:
+            return False
+        if error.diag.constraint_name == self._key_constraint:
+            return True
+        # On a partition the constraint has the partition's name: look whether somebody has one of the keys.
+        flight = self._session.flight()
+        self._keyed.look_up(flight, positions)
+        flight.sync()
+        answer = flight.land()[0][-1]
+        return not is_error(answer) and answer.ntuples > 0
+
+    def _settle_failure(self, error: psycopg.Error, positions: list[int], failed: dict[int, Exception]) -> None:
+        """Raise what the whole batch is tried again for; note what fails without a look at the others."""
+        self._check_outdated(error)
+        self._raise_if_retried(error, kind_of(error))
+        if not self._isolates:
+            if len(positions) > 1:
+                self._find_culprit(error, positions, failed)
+                return
+            failed[positions[0]] = error
+        elif len(positions) == 1:
+            failed[positions[0]] = error
+
+    def _find_culprit(self, error: psycopg.Error, positions: list[int], failed: dict[int, Exception]) -> None:
+        # One statement for all does not say whose row it was: let them be tried one by one, and keep nothing.
+        found: dict[int, Exception] = {}
+        if self._isolated(positions, found):
+            self._roll_back()
+        blamed = found or {positions[0]: error}
+        failed.update(dict(enumerate(self._all_failed(blamed))))
+
+    def _commit_isolated(self, results: dict[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
+        ordered = self._complete(results, failed)
+        self._guard = KeyGuard(self._keyed, list(results), ordered, self._batch)
+        self._token = self._new_token()
+        self._commit(ordered)
+        return results
+
+    def _undecided(self, positions: list[int], results: list[Any]) -> Pending:
+        for i, error in self._way.refused.items():
+            results[i] = error
+        self._token = self._new_token()
+        guard = KeyGuard(self._keyed, positions, results, self._batch)
+        return Pending(results, self._token, guard, self._batch.deadline)
+
+    def _new_token(self) -> Token:
+        facts = self._session.facts
+        if facts.pooled:
+            return Token(marker=facts.marker)
+        pid = str(self._session.connection.info.backend_pid)
+        return Token(marker=facts.marker, pid=pid, backend_start=facts.backend_start)
+
+
+class KeyedRetry(Attempt):
+    """The same keys again, on whatever connection, until it is known that the rows are there once."""
+
+    def __init__(
+        self,
+        session: Session,
+        way: KeyedWay,
+        batch: Batch[Any],
+        positions: Sequence[int],
+        token: Token,
+        fail: Callable[[dict[int, Exception]], None],
+    ) -> None:
+        super().__init__(session, way, batch, NoGuard(), True)
+        self._fail = fail
+        self._keyed = way
+        self._positions = list(positions)
+        self._first_token = token
+
+    def run(self) -> dict[int, Any]:  # type: ignore[override]
+        """One result or error per job of *positions*.
+
+        Raises:
+            Undecided: not known yet.
+            CommitUnknown: it cannot be found out.
+            psycopg.Error: not known yet.
+        """
+        self._keyed.careful = True
+        try:
+            for _ in range(_ROUNDS):
+                results = self._round()
+                if results is not None:
+                    return results
+        finally:
+            self._keyed.careful = False
+        raise Undecided(f"the keys of batch {self._batch.id} come and go", batch_id=self._batch.id)
+
+    def _round(self) -> dict[int, Any] | None:
+        try:
+            results = self._plainly(self._positions)
+        except Refused as refused:
+            self._roll_back()
+            if kind_of(refused.error) not in (Kind.PERMANENT, Kind.STALE):
+                if kind_of(refused.error) is Kind.LOCK:
+                    self._end_orphan()
+                raise refused.error from None
+            # Decided against the data of today. If the first attempt was committed, its keys tell.
+            return self._found() or self._anew()
+        if len(results) == len(self._positions):
+            self._commit_retry(results)
+            return results
+        self._roll_back()
+        return self._found()
+
+    def _found(self) -> dict[int, Any] | None:
+        """The rows of the first attempt; None if not one of the keys is there."""
+        flight = self._session.flight()
+        self._keyed.look_up(flight, self._positions)
+        flight.sync()
+        found = self._keyed.found(self._positions, self._checked(flight.land()[0][-1]))
+        if not found:
+            return None
+        self._check_history(found)
+        # What is not there any more has been deleted since: its job is done, and has no row.
+        return {i: found.get(i) for i in self._positions}
+
+    def _check_history(self, found: dict[int, Any]) -> None:
+        """Whether a found key must be ours, since the sequence never gave it to anybody else."""
+        marker = self._first_token.marker
+        if marker is not None and marker == self._session.facts.marker:
+            return
+        flight = self._session.flight(keep=False)
+        self._keyed.compare(flight, self._positions)
+        flight.sync()
+        answer = self._checked(flight.land()[0][-1])
+        if len(found) != len(self._positions) or int(answer.get_value(0, 0) or 0) != len(self._positions):
+            raise CommitUnknown(
+                f"batch {self._batch.id}: the server crashed or failed over, its keys are in the table, and the rows"
+                " are not the batch's: they may be somebody else's",
+                batch_id=self._batch.id,
+            )
+
+    def _anew(self) -> dict[int, Any] | None:
+        """Each job for itself, with the same keys: a first attempt that arrives late meets them."""
+        failed: dict[int, Exception] = {}
+        results = self._isolated(self._positions, failed)
+        if len(results) + len(failed) != len(self._positions):
+            self._roll_back()  # a key has appeared meanwhile
+            return None
+        self._fail(failed)
+        if results:
+            self._commit_retry(results)
+        return results
+
+    def _commit_retry(self, results: dict[int, Any]) -> None:
+        # Its own fate is the same question again, so nothing has to be kept for it.
+        flight = self._session.flight()
+        flight.run(b"COMMIT")
+        flight.sync()
+        answer = flight.land()[0][-1]
+        if is_error(answer):
+            raise self._session.error(answer)
+
+    def _end_orphan(self) -> None:
+        """End the server process of the first attempt: nobody listens to it any more, and it holds its keys."""
+        token = self._first_token
+        if token.pid:
+            flight = self._session.flight(keep=False)
+            flight.run(_END, [token.pid.encode(), token.backend_start.encode()])
+            flight.sync()
+            flight.land()
+
+    def _checked(self, answer: PGresult) -> PGresult:
+        if is_error(answer):
+            raise self._session.error(answer)
+        return answer

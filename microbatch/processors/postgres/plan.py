@@ -1,0 +1,74 @@
+"""Which way a table takes, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .catalogue import Column, Table
+
+Strategy = Literal["keys", "merge", "statement"]
+
+_MERGE_RETURNS_SINCE = 170000
+# In these a byte of one character may look like a quote or a backslash of an array.
+_UNSAFE_ENCODINGS = ("shift_jis", "shift_jis_2004", "shift_jisx0213", "big5", "gbk", "gb18030", "johab", "cp949")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How `insert_into` writes its table.
+
+    Attributes:
+        strategy: `"keys"`: one INSERT per batch, each row with a primary key drawn beforehand, which ties it to its
+            job. `"merge"`: one MERGE per batch (PostgreSQL 17). `"statement"`: one INSERT per job, in one flight.
+        reason: why it is this one.
+        drawn: the columns of the key that are drawn.
+    """
+
+    strategy: Strategy
+    reason: str
+    drawn: tuple[str, ...] = ()
+
+
+def plan_for(table: Table, columns: Sequence[str], version: int, encoding: str, has_on_conflict: bool) -> Plan:
+    """The fastest way whose results are exact and whose retry cannot double."""
+    if has_on_conflict:
+        return Plan("statement", "on_conflict decides row by row")
+    if table.kind == "f":
+        return Plan("statement", "it is a foreign table")
+    if table.insert_rule:
+        return Plan("statement", "an INSERT rule rewrites what is sent")
+    if table.row_security:
+        return Plan("statement", "row security is active for this role")
+    if encoding in _UNSAFE_ENCODINGS:
+        return Plan("statement", f"the client encoding {encoding} does not go into an array")
+    obstacle = "it is a view" if table.kind == "v" else _obstacle_to_keys(table, columns)
+    if not obstacle:
+        drawn = tuple(column.name for column in drawn_columns(table, columns))
+        return Plan("keys", f"each row's {', '.join(drawn)} is drawn beforehand", drawn)
+    if version >= _MERGE_RETURNS_SINCE:
+        return Plan("merge", obstacle)
+    return Plan("statement", f"{obstacle}, and MERGE … RETURNING needs PostgreSQL 17")
+
+
+def drawn_columns(table: Table, columns: Sequence[str]) -> list[Column]:
+    """The columns of the key that no job gives."""
+    return [column for column in table.key if column.name not in columns]
+
+
+def _obstacle_to_keys(table: Table, columns: Sequence[str]) -> str:
+    if not table.key:
+        return "it has no primary key"
+    if not table.usable_key:
+        return "its primary key is deferrable"
+    if table.before_row_insert:
+        return "a BEFORE ROW INSERT trigger may change the key"
+    drawn = drawn_columns(table, columns)
+    if not drawn:
+        return "the jobs give the primary key themselves"
+    if any(not (column.may_insert and column.may_select) for column in table.key):
+        return "this role may not read and write the primary key"
+    if undrawable := [column.name for column in drawn if not column.is_drawn]:
+        return f"key column {undrawable[0]} comes from no sequence that can be drawn from and is no random uuid"
+    return ""

@@ -1,0 +1,132 @@
+"""The way for a psycopg whose inside is unknown, or a cursor of the user's kind: `executemany` in `transaction()`.
+
+Slower, and with the same promises: jobs fail alone behind a savepoint each, COMMIT is as honest. There is no guard, so
+a COMMIT without an answer is `CommitUnknown`, and no deadline reaches the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg.abc import Query
+from psycopg.pq import TransactionStatus
+from psycopg.rows import dict_row
+
+from microbatch.errors import OutcomeUnknown, ProcessorContractError
+from microbatch.protocols import Batch
+
+from .guard import NoGuard, Token
+from .parameters import Job, parameters_of
+from .session import Session
+from .sqlstate import is_refusal, kind_of
+from .transaction import Frame, Pending, unknown
+from .translate import as_result
+
+_IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
+
+
+class Portable(Frame):
+    """Writes one batch; as `Attempt`, on public parts of psycopg alone."""
+
+    def __init__(self, session: Session, statement: Query, batch: Batch[Job], isolates: bool) -> None:
+        super().__init__(session, batch, isolates)
+        self._connection = session.connection
+        self._statement = statement
+
+    def run(self) -> list[Any]:
+        """One result per job; an exception in the place of a job that failed alone."""
+        jobs = [_parameters(job) for job in self._batch]
+        try:
+            return self._commit(lambda: self._together(jobs))
+        except OutcomeUnknown:
+            raise
+        except Exception as error:
+            self._raise_if_retried(error, kind_of(error))
+            if self._isolates:
+                return self._commit(lambda: self._singly(jobs))
+            return self._all_failed(self._culprit(jobs, error))
+
+    def _together(self, jobs: Sequence[Any]) -> list[Any]:
+        for job in jobs:
+            if isinstance(job, Exception):
+                raise job
+        with self._connection.cursor(row_factory=dict_row) as cursor:
+            cursor.executemany(self._statement, jobs, returning=True)
+            # Never flattened: a job whose set is empty (ON CONFLICT DO NOTHING) would give its place to the next one.
+            results = [_result(cursor)]
+            while cursor.nextset():
+                results.append(_result(cursor))
+        if len(results) != len(jobs):
+            raise psycopg.ProgrammingError(
+                f"{len(results)} results for {len(jobs)} jobs: the statement must be a single command"
+            )
+        self._check_open()
+        if not self._inside:
+            # What is deferred to COMMIT would be an error nobody could isolate.
+            self._connection.execute(_IMMEDIATE)
+        return results
+
+    def _singly(self, jobs: Sequence[Any]) -> list[Any]:
+        return [self._alone(job) for job in jobs]
+
+    def _alone(self, job: Any) -> Any:
+        try:
+            with self._connection.transaction():
+                return self._together([job])[0]
+        except OutcomeUnknown:
+            raise
+        except Exception as error:
+            if self._concerns_all(error, kind_of(error)):
+                raise
+            return self._last_word(error)
+
+    def _culprit(self, jobs: Sequence[Any], error: Exception) -> dict[int, Exception]:
+        """The first job that fails, found without keeping anything. Raises *error* if none of them does alone."""
+        with self._connection.transaction(force_rollback=True):
+            for i, job in enumerate(jobs):
+                result = self._alone(job)
+                if isinstance(result, Exception):
+                    return {i: result}
+        raise error
+
+    def _commit(self, work: Callable[[], list[Any]]) -> list[Any]:
+        try:
+            with self._connection.transaction():
+                results = work()
+                self._check_open()
+                # Set before the block ends, which is what sends COMMIT: from here on a failure proves nothing.
+                self.pending = Pending(results, Token(), NoGuard(), self._batch.deadline)
+            expected = TransactionStatus.INTRANS if self._inside else TransactionStatus.IDLE
+            if self._session.status != expected:
+                # transaction() ends without a word, and without COMMIT, when the connection is closed by then.
+                raise psycopg.OperationalError("the connection was closed before the transaction ended")
+        except BaseException as error:
+            pending, self.pending = self.pending, None
+            is_refused = is_refusal(error) and self._session.status == TransactionStatus.IDLE
+            if pending is None or self._inside or is_refused:
+                raise
+            raise unknown(self._batch.id, pending.guard, pending.token, error) from error
+        return results
+
+    def _check_open(self) -> None:
+        if self._connection.closed:
+            raise psycopg.OperationalError("the connection was closed inside the batch")
+        if self._session.status != TransactionStatus.INTRANS:
+            raise ProcessorContractError(
+                f"the statement ended the transaction of batch {self._batch.id}: take COMMIT or ROLLBACK out of it",
+                batch_id=self._batch.id,
+            )
+
+
+def _parameters(job: Job) -> Any:
+    try:
+        return parameters_of(job)
+    except TypeError as error:
+        return error
+
+
+def _result(cursor: psycopg.Cursor[dict[str, Any]]) -> Any:
+    # No row number: the statement returns no rows at all.
+    return None if cursor.rownumber is None else as_result(cursor.fetchall())

@@ -1,0 +1,161 @@
+"""A connection while a batch uses it, and what is known of the server behind it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
+
+from .flight import Flight, Prepared, is_error
+
+LEDGER = "microbatch_ledger"
+
+# The life of a history of transactions: a crash changes the third part, a failover the second.
+MARKER = """
+    (SELECT system_identifier FROM pg_control_system()) || '/' ||
+    CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END || '/' ||
+    (SELECT coalesce(extract(epoch FROM stats_reset)::text, '') FROM pg_stat_wal)"""
+
+_FACTS = f"""
+    SELECT pg_backend_pid(), current_setting('server_version_num'),
+        (SELECT setting FROM pg_settings WHERE name = 'statement_timeout'),
+        (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
+        (SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
+        coalesce((SELECT has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+                         AND has_table_privilege(c.oid, 'UPDATE')
+                  FROM pg_class c WHERE c.oid = to_regclass('{LEDGER}')), false)::int,
+        (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid())"""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a new connection tells: once, for it stays true as long as the connection lives.
+
+    *pooled*: something like pgbouncer stands in between, and transactions may meet another server process each.
+    The timeouts are the session's own, in milliseconds, 0 for none. *marker* is None where it may not be read.
+    """
+
+    pooled: bool
+    version: int
+    statement_timeout: int
+    lock_timeout: int
+    idle_timeout: int
+    has_ledger: bool
+    marker: str | None
+    backend_start: str = ""
+
+
+class Session:
+    """One connection, lent to one batch, with its facts; *prepared* where it keeps prepared statements.
+
+    *memory* is what others know through this connection, and lives as long.
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        facts: Facts | None = None,
+        prepared: Prepared | None = None,
+        memory: dict[object, Any] | None = None,
+        give_up: float | None = None,
+    ) -> None:
+        self.connection = connection
+        self.give_up = give_up  # monotonic; no answer is waited for any longer
+        self.facts = facts or ask(connection, give_up)
+        self.memory: dict[object, Any] = {} if memory is None else memory
+        self.prepared = None if self.facts.pooled else prepared
+        self.is_retired = False
+        self.is_open = False  # a transaction, or a savepoint, that a batch has begun and not ended
+
+    def flight(self, *, keep: bool = True) -> Flight:
+        """A new flight; without *keep* it uses what is prepared and adds nothing."""
+        return Flight(self.connection, self.prepared, self.give_up, keep=keep)
+
+    def ask(self, command: bytes, *parameters: str | None) -> PGresult:
+        """The answer to one command, in a flight of its own. Raises the server's error."""
+        flight = self.flight(keep=False)
+        flight.run(command, [None if value is None else value.encode() for value in parameters])
+        flight.sync()
+        answer = flight.land()[0][-1]
+        if is_error(answer):
+            raise self.error(answer)
+        return answer
+
+    def error(self, answer: PGresult) -> psycopg.Error:
+        """psycopg's own error for a failed command."""
+        return psycopg.errors.error_from_result(answer, self.connection.info.encoding)
+
+    def begin_command(self) -> bytes:
+        """BEGIN, with what the user set on a connection of theirs."""
+        connection = self.connection
+        words = ["BEGIN"]
+        if connection.isolation_level is not None:
+            words.append("ISOLATION LEVEL " + psycopg.IsolationLevel(connection.isolation_level).name.replace("_", " "))
+        if connection.read_only is not None:
+            words.append("READ ONLY" if connection.read_only else "READ WRITE")
+        if connection.deferrable is not None:
+            words.append("DEFERRABLE" if connection.deferrable else "NOT DEFERRABLE")
+        return " ".join(words).encode()
+
+    def forget_prepared(self) -> bool:
+        """Drop the prepared statements of this session; False if there are none."""
+        if self.prepared is None or not self.prepared.names:
+            return False
+        self.prepared.names.clear()
+        self.ask(b"DEALLOCATE ALL")
+        return True
+
+    def retire(self) -> None:
+        """Have the connection closed when the batch gives it back, if it is ours: the next one may lead elsewhere."""
+        self.is_retired = True
+
+    @property
+    def status(self) -> TransactionStatus:
+        return self.connection.info.transaction_status
+
+    def is_clean(self) -> bool:
+        """Whether the next batch may begin on it; False if a transaction is left open or the link is gone."""
+        info = self.connection.info
+        if self.is_retired:
+            return False
+        return info.transaction_status == TransactionStatus.IDLE and info.pipeline_status == PipelineStatus.OFF
+
+    def milliseconds_left(self) -> int | None:
+        """Until *give_up*, at least one; None without."""
+        return None if self.give_up is None else max(1, int((self.give_up - time.monotonic()) * 1000))
+
+
+def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Facts:
+    """Look at the server behind *connection*; one round trip, and no trace in a transaction that is open."""
+    flight = Flight(connection, give_up=give_up)
+    in_transaction = connection.info.transaction_status == TransactionStatus.INTRANS
+    flight.run(_FACTS.encode())
+    flight.sync()
+    if not in_transaction:
+        flight.run(f"SELECT {MARKER}".encode())
+        flight.sync()
+    facts, *marker = flight.land()
+    if is_error(facts[-1]):
+        raise psycopg.errors.error_from_result(facts[-1], connection.info.encoding)
+    numbers = facts[-1].nfields - 1
+    pid, version, *limits, ledger = (int(facts[-1].get_value(0, i) or 0) for i in range(numbers))
+    known = bool(marker) and not is_error(marker[0][-1])
+    return Facts(
+        pooled=pid != connection.info.backend_pid,
+        version=version,
+        statement_timeout=limits[0],
+        lock_timeout=limits[1],
+        idle_timeout=limits[2],
+        has_ledger=bool(ledger),
+        marker=_text(marker[0][-1], 0) if known else None,
+        backend_start=_text(facts[-1], numbers) or "",
+    )
+
+
+def _text(answer: PGresult, column: int) -> str | None:
+    value = answer.get_value(0, column)
+    return None if value is None else value.decode()

@@ -1,0 +1,134 @@
+"""From a job to what libpq sends, and from its answer to rows: psycopg's conversions without its cursor.
+
+The one file that touches private pieces of psycopg: `_queries.PostgresQuery`, which reads `%(name)s`, and
+methods of `adapt.Transformer` that its documentation leaves out. Where a psycopg has moved them, `is_supported`
+is False and the portable way with `executemany` takes over; tests/test_translate.py notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg import pq
+from psycopg.abc import Buffer, Query
+from psycopg.adapt import Transformer
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
+
+from .parameters import Job, parameters_of
+
+try:
+    from psycopg._queries import PostgresQuery
+except ImportError:  # pragma: no cover
+    PostgresQuery = None  # type: ignore[assignment, misc]
+
+_QUERY_NEEDS = ("convert", "dump", "query", "params", "types", "formats")
+_TRANSFORMER_NEEDS = ("from_context", "set_pgresult", "load_rows", "dump_sequence", "get_loader")
+
+Row: TypeAlias = dict[str, Any]
+
+
+def is_supported(connection: psycopg.Connection[Any]) -> bool:
+    """Whether jobs can be sent past psycopg's cursor; not where the user asked for one that binds otherwise."""
+    if not issubclass(connection.cursor_factory, psycopg.Cursor) or issubclass(
+        connection.cursor_factory, (psycopg.ClientCursor, psycopg.RawCursor)
+    ):
+        return False
+    return all(hasattr(PostgresQuery, name) for name in _QUERY_NEEDS) and all(
+        hasattr(Transformer, name) for name in _TRANSFORMER_NEEDS
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One job, ready to be sent."""
+
+    command: bytes
+    parameters: Sequence[Buffer | None]
+    types: tuple[int, ...]
+    formats: Sequence[pq.Format]
+
+
+def bind_jobs(connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]) -> list[Bound | Exception]:
+    """Each job as *statement* with its values, or the error that says why it cannot be sent."""
+    query = PostgresQuery(Transformer.from_context(connection))
+    bind: Callable[[Query, Any], None] = query.convert
+
+    def next_ones(statement: Query, values: Any) -> None:
+        query.dump(values)
+
+    bound: list[Bound | Exception] = []
+    for job in jobs:
+        try:
+            bind(statement, parameters_of(job))
+            bound.append(Bound(query.query, query.params or (), query.types, query.formats or ()))
+            bind = next_ones
+        except Exception as error:
+            bound.append(error)
+    return bound
+
+
+class Reader:
+    """Reads answers as dicts, with the loaders of *connection*."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._transformer = Transformer.from_context(connection)
+        self._encoding = connection.info.encoding
+        self._shape: object = None
+        self._names: list[str] = []
+        self._skipped = 0
+
+    def rows(self, answer: PGresult, shape: object) -> list[Row] | None:
+        """The rows of *answer*, None where its command returns none at all; one *shape* has the same columns.
+
+        Raises:
+            psycopg.Error: a value cannot be loaded.
+        """
+        if answer.status != ExecStatus.TUPLES_OK:
+            return None
+        self._look_at(answer, shape, 0)
+        return self._transformer.load_rows(0, answer.ntuples, self._row)
+
+    def each(self, answer: PGresult, shape: object, skipped: int, as_text: bool = False) -> list[Any]:
+        """One row or error each, without the first *skipped* columns; *as_text*: text where psycopg cannot load it."""
+        self._look_at(answer, shape, skipped)
+        try:
+            return list(self._transformer.load_rows(0, answer.ntuples, self._row))
+        except Exception:
+            return [self._one(answer, number, as_text) for number in range(answer.ntuples)]
+
+    def _look_at(self, answer: PGresult, shape: object, skipped: int) -> None:
+        is_new = shape is None or shape != self._shape
+        self._transformer.set_pgresult(answer, set_loaders=is_new)
+        if is_new:
+            self._shape = shape
+            self._skipped = skipped
+            self._names = [(answer.fname(i) or b"").decode(self._encoding) for i in range(skipped, answer.nfields)]
+
+    def _one(self, answer: PGresult, number: int, as_text: bool) -> Any:
+        try:
+            return self._transformer.load_rows(number, number + 1, self._row)[0]
+        except Exception as error:
+            return self._row([self._value(answer, number, i) for i in range(answer.nfields)]) if as_text else error
+
+    def _value(self, answer: PGresult, row: int, column: int) -> Any:
+        data = answer.get_value(row, column)
+        if data is None:
+            return None
+        try:
+            return self._transformer.get_loader(answer.ftype(column), pq.Format(answer.fformat(column))).load(data)
+        except Exception:
+            return data.decode(self._encoding, "replace")
+
+    def _row(self, values: Sequence[Any]) -> Row:
+        return dict(zip(self._names, values[self._skipped :] if self._skipped else values, strict=True))
+
+
+def as_result(rows: list[Row] | None) -> Any:
+    """A job's result: None without a row, the row, or the list where there are several."""
+    if not rows:
+        return None
+    return rows[0] if len(rows) == 1 else rows

@@ -1,0 +1,29 @@
+"""What every way to write jobs has in common: commands for some of them, and results out of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from psycopg.pq.abc import PGresult
+
+from .flight import Flight
+
+
+class Way(Protocol):
+    """One batch, made ready for the server.
+
+    Attributes:
+        refused: the jobs that cannot be sent at all, by position, with the error that says why.
+    """
+
+    refused: dict[int, Exception]
+
+    def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
+        """Queue the commands that write the jobs at *positions*, one command per job if *each*; returns how many."""
+
+    def culprit(self, positions: Sequence[int], command: int) -> int | None:
+        """Whose command the one with this number is; None if it is several jobs'."""
+
+    def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
+        """The result of each job; an exception where the row cannot be read."""

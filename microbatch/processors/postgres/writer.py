@@ -1,0 +1,211 @@
+"""What a processor writes with: a statement, or a table and the plan for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias, cast
+
+from psycopg import sql
+from psycopg.abc import Query
+from psycopg.pq import TransactionStatus
+
+from microbatch.protocols import Batch
+
+from .catalogue import Table, look_up
+from .guard import Guard, Guards
+from .keyed import KeyedAttempt
+from .keys import Keys, keys_of
+from .plan import Plan, Strategy, plan_for
+from .portable import Portable
+from .session import Session
+from .statement import StatementWay
+from .tables import KeyedWay, MergeWay, RowWay, Target
+from .transaction import Attempt
+from .translate import is_supported
+
+_log = logging.getLogger("microbatch.postgres")
+
+Returning: TypeAlias = Literal["*"] | Sequence[str] | None
+
+# What the catalogue said may be out of date.
+_OUTDATED = frozenset(("42703", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501"))
+
+
+class Writer(Protocol):
+    """Makes the attempts of a processor's batches."""
+
+    plan: Plan | None
+
+    def open(self, session: Session) -> None:
+        """Look whether batches can be written at all; raises what is wrong."""
+
+    def forget(self, session: Session) -> None:
+        """What is known through *session* is out of date."""
+
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
+        """One attempt to write *batch*."""
+
+
+class StatementWriter:
+    """Any statement, once per job."""
+
+    def __init__(self, statement: Query, isolates: bool) -> None:
+        self.plan: Plan | None = None
+        self._statement = statement
+        self._isolates = isolates
+
+    def open(self, session: Session) -> None:
+        """Nothing to look at: the statement is the user's."""
+
+    def forget(self, session: Session) -> None:
+        """Nothing to forget."""
+
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
+        if not is_supported(session.connection):
+            return Portable(session, self._statement, batch, self._isolates)
+        way = StatementWay(session.connection, self._statement, batch)
+        return Attempt(session, way, batch, guards.choose(session), self._isolates)
+
+
+class Planned:
+    """One table as one connection sees it, and the keys drawn through it."""
+
+    def __init__(self, table: Table, plan: Plan) -> None:
+        self.table = table
+        self.plan = plan
+        self.keys: Keys | None = keys_of(table, plan.drawn) if plan.strategy == "keys" else None
+
+
+class TableWriter:
+    """Rows for one table, in the fastest way that is exact there. `plan` is the latest one."""
+
+    def __init__(
+        self,
+        table: str,
+        columns: Sequence[str],
+        returning: Returning,
+        on_conflict: str | sql.Composable | None,
+        strategy: Strategy | Literal["auto"],
+        isolates: bool,
+    ) -> None:
+        self._table = _name(table)
+        self._columns = _columns(columns)
+        self._returning = _returning(returning)
+        self._on_conflict = _on_conflict(on_conflict)
+        self._strategy = _strategy(strategy, bool(self._on_conflict))
+        self._isolates = isolates
+        self.plan: Plan | None = None
+
+    def open(self, session: Session) -> None:
+        """Read the catalogue. Raises `ValueError` if the table cannot be written so."""
+        self._planned(session)
+
+    def forget(self, session: Session) -> None:
+        """Read the catalogue again before the next batch."""
+        session.memory.pop(self, None)
+
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
+        is_fresh = self not in session.memory
+        planned = self._planned(session)
+        attempt = self._attempt(session, batch, guards, planned)
+        if not is_fresh:
+            attempt.outdated_by = _OUTDATED
+        return attempt
+
+    def _attempt(self, session: Session, batch: Batch[Any], guards: Guards, planned: Planned) -> Attempt:
+        target = Target(planned.table, self._columns, self._returning, self._on_conflict)
+        connection = session.connection
+        if planned.plan.strategy == "statement" or session.status == TransactionStatus.INTRANS:
+            # In somebody else's transaction nothing can be committed on the side, and no key be drawn durably.
+            return self._plain(session, RowWay(connection, target, batch), batch, guards.choose(session))
+        if planned.plan.strategy == "merge":
+            return self._plain(session, MergeWay(connection, target, batch), batch, guards.choose(session))
+        assert planned.keys is not None
+        way = KeyedWay(connection, target, planned.plan.drawn, batch)
+        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.table.key_constraint)
+
+    def _plain(self, session: Session, way: RowWay, batch: Batch[Any], guard: Guard) -> Attempt:
+        return Attempt(session, way, batch, guard, self._isolates)
+
+    def _planned(self, session: Session) -> Planned:
+        known = session.memory.get(self)
+        if known is None:
+            table = look_up(session, self._table, self._columns)
+            encoding = session.connection.info.encoding
+            plan = plan_for(table, self._columns, session.facts.version, encoding, bool(self._on_conflict))
+            known = session.memory[self] = Planned(table, self._pinned(plan, table, session))
+            self._tell(known.plan)
+        return cast(Planned, known)
+
+    def _pinned(self, plan: Plan, table: Table, session: Session) -> Plan:
+        wanted = self._strategy
+        if wanted in ("auto", plan.strategy):
+            return plan
+        if wanted == "statement":
+            return Plan("statement", "it is pinned")
+        if wanted == "merge" and plan.strategy == "keys" and session.facts.version >= 170000:
+            return Plan("merge", "it is pinned")
+        raise ValueError(
+            f"strategy={wanted!r} cannot be had for table {self._table}: {plan.reason};"
+            f" use strategy='auto', which takes {plan.strategy!r}"
+        )
+
+    def _tell(self, plan: Plan) -> None:
+        if plan != self.plan:
+            _log.info("table %s is written by %s: %s", self._table, plan.strategy, plan.reason)
+        self.plan = plan
+
+
+def _name(table: str) -> str:
+    if not isinstance(table, str):
+        raise TypeError(f"table must be a str, as in SQL ('shop.payments'), not {type(table).__qualname__}")
+    if not table.strip():
+        raise ValueError("table is empty; pass its name as in SQL, such as 'payments' or 'shop.payments'")
+    return table
+
+
+def _columns(columns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(columns, str) or not isinstance(columns, Sequence):
+        raise TypeError(f"columns must be a list of names, not {type(columns).__qualname__}")
+    if bad := [name for name in columns if not isinstance(name, str)]:
+        raise TypeError(f"columns must be names, not {type(bad[0]).__qualname__}")
+    if not columns:
+        raise ValueError("columns is empty; name at least one column that the jobs give")
+    if twice := [name for name in columns if list(columns).count(name) > 1]:
+        raise ValueError(f"column {twice[0]!r} is named more than once")
+    return tuple(columns)
+
+
+def _returning(returning: Returning) -> Literal["*"] | tuple[str, ...] | None:
+    if returning is None or returning == "*":
+        return returning
+    if isinstance(returning, str) or not isinstance(returning, Sequence):
+        raise TypeError(f"returning must be '*', a list of column names or None, not {returning!r}")
+    return tuple(returning) or None
+
+
+def _on_conflict(clause: str | sql.Composable | None) -> bytes:
+    if clause is None:
+        return b""
+    if isinstance(clause, sql.Composable):
+        text = clause.as_string(None)
+    elif isinstance(clause, str):
+        text = clause
+    else:
+        raise TypeError(f"on_conflict must be SQL, such as '(id) DO NOTHING', not {type(clause).__qualname__}")
+    words = text.upper().split()
+    if "DO" not in words or words[:2] == ["ON", "CONFLICT"]:
+        raise ValueError(
+            f"on_conflict={text!r}: pass what follows ON CONFLICT, such as '(id) DO NOTHING'"
+            " or '(id) DO UPDATE SET amount = excluded.amount'"
+        )
+    return b" ON CONFLICT " + text.encode()
+
+
+def _strategy(strategy: str, has_on_conflict: bool) -> Strategy | Literal["auto"]:
+    if strategy not in ("auto", "keys", "merge", "statement"):
+        raise ValueError(f"strategy must be 'auto', 'keys', 'merge' or 'statement', not {strategy!r}")
+    if has_on_conflict and strategy in ("keys", "merge"):
+        raise ValueError(f"strategy={strategy!r} cannot be had with on_conflict; use 'auto' or 'statement'")
+    return cast('Strategy | Literal["auto"]', strategy)
