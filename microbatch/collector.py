@@ -11,6 +11,8 @@ from .job import QUEUED, WAITING, Job
 from .queues import Store
 
 NEVER = float("inf")
+# Jobs of refused submits that a stranger's queue may still hold.
+_LEFTOVERS = 10_000
 
 
 @dataclass(slots=True)
@@ -63,6 +65,11 @@ class Intake:
         job = item if isinstance(item, Job) else item.jobs[0]
         heapq.heappush(self.heap, (due, job.sequence, item))
 
+    def size(self) -> int:
+        """How many jobs the queue says it has, as far as that can be."""
+        said = self.store.size()
+        return said if self.store.trusted else min(said, 2 * len(self.outstanding) + self.dead + _LEFTOVERS)
+
     def sweep(self) -> None:
         """Drop the dead from the queue."""
         self.dead = 0  # first: a stranger's queue that fails here is not asked again at once
@@ -70,7 +77,7 @@ class Intake:
 
     def rebuild(self, outstanding: Callable[[], list[Job]]) -> None:
         """Restore the order after an interruption at an unknown point."""
-        for _ in range(0, self.store.size(), 1000):
+        for _ in range(0, self.size(), 1000):
             self.store.take(1000)
         self.open, self.heap, self.dead = [], [], 0
         # Asked for only now: what a finaliser submits meanwhile may be listed twice, never not at all.
@@ -97,7 +104,7 @@ def collect_batch(
     """Close the next batch, or say how long to wait for it.
 
     A due retry goes first; then the queue fills the batch up. It closes when it is full, when the batcher is
-    closing, when a job up to the sequence number *flushed* is in it, or when its oldest job has lingered enough:
+    closing, when a job up to the sequence number *flushed* is in it, or when one of its jobs has lingered enough:
     at once by default.
     """
     undecided = _pop_due(intake, now, max_batch_size)
@@ -109,8 +116,8 @@ def collect_batch(
         return Wait(due, 1)
     trigger = _trigger(intake.open, now, max_batch_size, linger, closing, flushed)
     if trigger is None:
-        oldest = min(job.submitted for job in intake.open)
-        return Wait(min(due, oldest + linger), max_batch_size - len(intake.open))
+        until = min(lingers_until(job, linger) for job in intake.open)
+        return Wait(min(due, until), max_batch_size - len(intake.open))
     # A stranger's queue may have given more than it was asked for.
     jobs, intake.open = intake.open[:max_batch_size], intake.open[max_batch_size:]
     return Collected(jobs, trigger)
@@ -135,8 +142,8 @@ def _pop_due(intake: Intake, now: float, max_batch_size: int) -> Undecided | Non
 def _fill(intake: Intake, now: float, max_batch_size: int) -> None:
     """Top the open batch up with living jobs; one past its deadline is left to the supervisor."""
     intake.open = _living(intake, intake.open, now)
-    # A stranger's queue is asked for no more than it says it has: one that never gets empty would keep the lock.
-    left = NEVER if intake.store.trusted else intake.store.size()
+    # A stranger's queue is asked for no more than it has: one that never gets empty would keep the lock.
+    left = NEVER if intake.store.trusted else intake.size()
     while len(intake.open) < max_batch_size and left > 0:
         taken = intake.store.take(max_batch_size - len(intake.open))
         if not taken:
@@ -165,4 +172,9 @@ def _trigger(
         return "retry"
     if not linger:
         return "idle"
-    return "linger" if min(job.submitted for job in jobs) + linger <= now else None
+    return "linger" if min(lingers_until(job, linger) for job in jobs) <= now else None
+
+
+def lingers_until(job: Job, linger: float) -> float:
+    """Half of a job's time is the processor's, however short it is."""
+    return min(job.submitted + linger, (job.submitted + job.deadline) / 2)

@@ -138,6 +138,7 @@ class Core:
         # Tokens, not conditions: one that is put before its sleeper sleeps is not lost.
         self.bell: SimpleQueue[None] = SimpleQueue()  # wakes the collecting worker
         self.wake_at: float = NEVER  # the sequence number that rings it; NEVER while it is awake
+        self.wake_before: float = -NEVER  # ... and so does a job with an earlier deadline
         self.alarm: SimpleQueue[None] = SimpleQueue()  # wakes the supervisor
         self.next_check: float = NEVER  # when it wakes by itself
         self.blocked: deque[tuple[int, SimpleQueue[None]]] = deque()  # submitters waiting for so many places
@@ -154,6 +155,8 @@ class Core:
         self.flushed = 0
         self.abandon_at: float = NEVER
         self.undelivered: list[Any] = []
+        # One ticket for each call of `cancel` that has events to tell, with its thread: they come before the last one.
+        self.cancelling: dict[object, int] = {}
         self.finishing = self.finished = False
         self.closers: list[SimpleQueue[None]] = []
         # Last: the fork check compares it, and everything else is in place by then.
@@ -179,9 +182,10 @@ class Core:
                 if job.deadline < self.next_check:
                     self.alarm.put(None)
                     self.next_check = job.deadline
-                if sequence >= self.wake_at:
+                if sequence >= self.wake_at or job.deadline < self.wake_before:
                     self.bell.put(None)
                     self.wake_at = NEVER
+                    self.wake_before = -NEVER
                 try:
                     self.put(job)
                 except queue.Full:
@@ -300,6 +304,7 @@ class Core:
         if self.wake_at != NEVER:
             self.bell.put(None)
             self.wake_at = NEVER
+            self.wake_before = -NEVER
 
     def ring_supervisor(self, deadline: float = -NEVER) -> None:
         if deadline < self.next_check:
@@ -351,12 +356,20 @@ class Core:
     def cancel(self, future: JobFuture[Any], sequence: int) -> bool:
         """End a job that no worker has, for its future's `cancel`; False if it is too late."""
         self.check_process()
+        ticket = object()
+        try:
+            return self._cancel(future, sequence, ticket)
+        finally:
+            self.cancelling.pop(ticket, None)
+
+    def _cancel(self, future: JobFuture[Any], sequence: int, ticket: object) -> bool:
         job: Job | None = None
         try:
             with self.lock:
                 job = self._job_of(future, sequence)
                 if job is None or job.place != QUEUED or job.attempts:
                     return False
+                self.cancelling[ticket] = threading.get_ident()
                 self.end(job, CANCELLED_VERDICT)
                 job.future._mark_cancelled()
                 self._buried()
@@ -371,6 +384,13 @@ class Core:
         self._tell_cancelled(job)
         job.payload = None
         return True
+
+    def forget_own_cancels(self) -> None:
+        """Before a wait for the last event inside a `cancel` of this thread, which would wait for itself."""
+        ident = threading.get_ident()
+        for ticket, thread in list(self.cancelling.items()):
+            if thread == ident:
+                self.cancelling.pop(ticket, None)
 
     def owe(self, job: Job) -> None:
         """Leave the rest of an end to the supervisor."""

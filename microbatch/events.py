@@ -112,7 +112,11 @@ class BatchFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class BatcherShutDown(Event):
-    """The last event: every job has its outcome."""
+    """The last event: every job has its outcome.
+
+    After it may come only `JobSubmitted`, what a slow listener or callback holds up for more than `delivery_timeout`
+    after the last outcome, and a `JobCancelled` whose own callback waits for the shutdown.
+    """
 
     completed: int
     failed: int

@@ -22,6 +22,9 @@ _log = logging.getLogger("microbatch")
 
 # After its deadline a shutdown waits so much longer for the supervisor to end what is left.
 _GRACE = 0.5
+# A thread that is just being started is looked at again so much later, so often.
+_STARTING = 0.01
+_LOOKS = 100
 
 
 def start_threads(core: Core) -> None:
@@ -67,6 +70,7 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
     """Wait until the shutdown is complete, a little past *timeout* for those it ends there."""
     give_up = NEVER if timeout is None else time.monotonic() + timeout + _GRACE
     token: SimpleQueue[None] = SimpleQueue()
+    core.forget_own_cancels()
     with core.lock:
         if core.finished:
             return True
@@ -87,11 +91,9 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
 
 def finish_without_threads(core: Core) -> bool:
     """Complete the shutdown on this thread if the batcher never had one of its own."""
-    with core.lock:
-        if core.supervisor is not None or core.outstanding or core.workers:
-            return False
-    finish(core)
-    return True
+    if core.supervisor is not None:
+        return False
+    return finish(core, lambda: core.supervisor is None and not core.outstanding and not core.workers)
 
 
 # The end of this process, from the first hook on: since when, and who had jobs then. One bound serves both hooks.
@@ -113,16 +115,35 @@ def _close_after_other_threads() -> None:
     if not _other_threads():
         _close_at_exit()
         return
+    started: SimpleQueue[None] = SimpleQueue()
+    try:
+        # By a thread that no Ctrl-C reaches: one that arrives inside `Thread.start` lets the new thread hang in there
+        # for ever, and with it a process that waits for it.
+        threading.Thread(target=_start_joiner, args=(started,), name="microbatch-exit", daemon=True).start()
+        started.get(timeout=CLOSE_SECONDS)
+    except (RuntimeError, Empty):
+        pass
+
+
+def _start_joiner(started: SimpleQueue[None]) -> None:
     try:
         threading.Thread(target=_join_and_close, name="microbatch-exit", daemon=False).start()
     except RuntimeError:
         pass
+    finally:
+        started.put(None)
 
 
 def _join_and_close() -> None:
-    while others := _other_threads():
+    looks = _LOOKS
+    while looks and (others := _other_threads()):
         for thread in others:
-            thread.join()
+            try:
+                thread.join()
+            except RuntimeError:
+                # It is just being started and cannot be waited for yet, or an interruption left it so for ever.
+                threading.Event().wait(_STARTING)
+                looks -= 1
     _close_at_exit()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from time import thread_time
 from typing import Any
 
@@ -134,29 +135,36 @@ class Supervisor:
                     _log.exception("abandoning batch %s failed", batch.id)
 
     def _finish(self) -> bool:
-        """Complete the shutdown once every job has its outcome and the last event is out."""
+        """Complete the shutdown once every job has its outcome and every other event is out."""
+        return finish(self.core, self._may_finish)
+
+    def _may_finish(self) -> bool:
+        """Under the lock."""
         core = self.core
-        with core.lock:
-            if not core.closed or core.outstanding or not all(core.owed.values()):
-                return core.finished
-            now = core.clock()
-            if self._close_by == NEVER:
-                self._close_by = now + (core.options.delivery_timeout or CLOSE_SECONDS)
-            busy = core.owed or any(not worker.stuck() for worker in core.workers)
-            if busy and now < self._close_by:
-                core.next_check = min(core.next_check, self._close_by)
-                return False
-        finish(core)
+        if not core.closed or core.outstanding or not all(core.owed.values()):
+            return False
+        now = core.clock()
+        if self._close_by == NEVER:
+            self._close_by = now + (core.options.delivery_timeout or CLOSE_SECONDS)
+        busy = core.owed or core.cancelling or any(not worker.stuck() for worker in core.workers)
+        if busy and now < self._close_by:
+            # The end of a `cancel` rings nobody: an interruption could swallow it.
+            again = now + _SOON if core.cancelling else self._close_by
+            core.next_check = min(core.next_check, again)
+            return False
         return True
 
 
-def finish(core: Core) -> None:
-    """Tell the last event, once, and let go who waits for the shutdown."""
+def finish(core: Core, may_finish: Callable[[], bool]) -> bool:
+    """Tell the last event, once, and let go who waits for the shutdown; False if it is too early.
+
+    Whether it is, and that it begins, is one section under the lock: a worker that comes back later tells nothing.
+    """
     begun = False
     try:
         with core.lock:
-            if core.finishing:
-                return
+            if core.finishing or not may_finish():
+                return core.finishing
             counters = core.counters
             event = BatcherShutDown(counters.completed, counters.failed, counters.cancelled, counters.unknown)
             begun = core.finishing = True
@@ -164,6 +172,7 @@ def finish(core: Core) -> None:
     finally:
         if begun:
             _let_go(core)
+    return True
 
 
 def _let_go(core: Core) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from .batcher import _DEFAULT, MicroBatcher, ShutdownReport
-from .collector import NEVER
+from .collector import NEVER, lingers_until
 from .core import Core, cores
 from .job import JobFuture
 from .protocols import Batch, BatchProcessor
@@ -137,6 +137,7 @@ class InlineBatcher(MicroBatcher[J, R]):
         report = super().shutdown(False, cancel_futures=cancel_futures, timeout=timeout)
         if report.finished or self._running:
             return report
+        self._core.forget_own_cancels()
         self.run()
         return super().shutdown(False)
 
@@ -179,7 +180,7 @@ class InlineBatcher(MicroBatcher[J, R]):
         """Move the clock to the next instant at which something happens; False when there is none."""
         core = self._core
         instants = [core.next_check, *(due for due, _, _ in core.intake.heap[:1])]
-        instants += [job.submitted + core.options.linger for job in core.intake.open]
+        instants += [lingers_until(job, core.options.linger) for job in core.intake.open]
         ahead = [instant for instant in instants if self.clock.now < instant < NEVER]
         if not core.outstanding or not ahead:
             return False

@@ -100,14 +100,16 @@ class Worker:
                     return None
                 # What a finaliser submits in the middle of this rings, whatever was found before.
                 core.wake_at = 0
+                now = core.clock()
                 found = collect_batch(
                     core.intake,
-                    core.clock(),
+                    now,
                     max_batch_size=options.max_batch_size,
                     linger=options.linger,
                     closing=core.closed,
                     flushed=core.flushed,
                 )
+                core.wake_before = -NEVER
                 if isinstance(found, Collected):
                     core.wake_at = NEVER
                     self._take(found)
@@ -115,6 +117,8 @@ class Worker:
                     core.wake_at = NEVER
                     return None
                 else:
+                    # The deadline of a job, submitted from now on, whose half-time is before the end of the sleep.
+                    core.wake_before = 2 * found.until - now
                     core.wake_at = next(core.sequence) + found.jobs
                 if core.blocked:
                     core.wake_blocked()
@@ -190,7 +194,7 @@ class Worker:
         if batch is None:
             return Outcome([], began)
         if error is None:
-            if self.core.listeners.want(BatchStarted):
+            if self.core.listeners.want(BatchStarted) and not self.core.finishing:
                 tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
             if self not in self.core.workers:
                 return Outcome([], began)  # a child forked inside `open` or a listener

@@ -421,12 +421,57 @@ BREAKS = (
         "collector.py",
         (
             (
-                "        oldest = min(job.submitted for job in intake.open)",
-                "        oldest = max(job.submitted for job in intake.open)",
+                "        until = min(lingers_until(job, linger) for job in intake.open)",
+                "        until = max(lingers_until(job, linger) for job in intake.open)",
             ),
             ('    return "linger" if min(', '    return "linger" if max('),
         ),
         ("test_collector.py::test_linger_counts_from_the_oldest_job",),
+    ),
+    Break(
+        "a job lingers past its deadline",
+        "P5",
+        "collector.py",
+        (
+            (
+                "    return min(job.submitted + linger, (job.submitted + job.deadline) / 2)",
+                "    return job.submitted + linger",
+            ),
+        ),
+        ("test_collector.py::test_P5_a_job_lingers_for_half_of_its_time_at_most",),
+    ),
+    Break(
+        "a worker that lingers is not woken by a job with less time",
+        "P5",
+        "core.py",
+        ((" or job.deadline < self.wake_before:", ":"),),
+        ("test_threads.py::test_P5_a_job_with_less_time_than_the_linger_is_taken_before_its_deadline",),
+    ),
+    Break(
+        "what waits for the threads of a child is started where a Ctrl-C arrives",
+        "P6",
+        "life.py",
+        (
+            ("target=_start_joiner, args=(started,), name", "target=_join_and_close, name"),
+            ('name="microbatch-exit", daemon=True', 'name="microbatch-exit", daemon=False'),
+            ("        started.get(timeout=CLOSE_SECONDS)\n", ""),
+        ),
+        ("test_worker_faults.py::test_P6_the_end_of_a_multiprocessing_child_is_interrupted_anywhere",),
+        seconds=60,
+    ),
+    Break(
+        "the last event does not wait for a cancel",
+        "P6",
+        "supervisor.py",
+        (("core.owed or core.cancelling or any", "core.owed or any"),),
+        ("test_threads.py::test_P6_a_cancel_tells_its_event_before_the_last_one[False]",),
+    ),
+    Break(
+        "the last event waits for a cancel that waits for it",
+        "P6",
+        "life.py",
+        (("    core.forget_own_cancels()\n", ""),),
+        ("test_threads.py::test_P6_a_cancel_tells_its_event_before_the_last_one[True]",),
     ),
     Break(
         "a lone job waits",

@@ -61,6 +61,14 @@ def test_an_empty_queue_is_waited_for_without_end(desk: Desk) -> None:
     assert desk.collect(0.0) == Wait(NEVER, 1)
 
 
+def test_P5_a_job_lingers_for_half_of_its_time_at_most(desk: Desk) -> None:
+    desk.accept("patient", at=100.0, deadline=120.0)
+    assert desk.collect(100.0, linger=9.0) == Wait(109.0, 2)
+    desk.accept("hasty", at=101.0, deadline=105.0)
+    assert desk.collect(101.0, linger=9.0) == Wait(103.0, 1)
+    assert desk.collect(103.0, linger=9.0) == ("linger", ["patient", "hasty"])
+
+
 def test_P8_a_lone_job_is_taken_at_once(desk: Desk) -> None:
     desk.accept("a")
     assert desk.collect(0.0) == ("idle", ["a"])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from programs import Program, Told, run
+
+from microbatch import life
 
 # What the interpreter itself may take to start and to end on a busy machine.
 GRACE = 4.0
@@ -828,3 +832,28 @@ def test_P8_no_wake_ups_while_nothing_is_outstanding(tmp_path: Path) -> None:
 
     told.assert_quiet()
     assert int(told.said("wake-ups")[0]) <= 1
+
+
+def test_P6_a_thread_that_is_just_being_started_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    thread = threading.Thread(target=lambda: time.sleep(0.05), daemon=True)
+    looks, closed = [[], [thread], [thread]], []
+
+    def look() -> list[threading.Thread]:
+        if len(looks) == 2:
+            thread.start()
+        return looks.pop()
+
+    monkeypatch.setattr(life, "_other_threads", look)
+    monkeypatch.setattr(life, "_close_at_exit", lambda: closed.append(thread.is_alive()))
+    life._join_and_close()
+    assert closed == [False]
+
+
+def test_P6_a_thread_that_never_got_started_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an interruption inside `Thread.start` leaves it."""
+    closed = []
+    monkeypatch.setattr(life, "_STARTING", 0.001)
+    monkeypatch.setattr(life, "_other_threads", lambda: [threading.Thread()])
+    monkeypatch.setattr(life, "_close_at_exit", lambda: closed.append("closed"))
+    life._join_and_close()
+    assert closed == ["closed"]

@@ -207,6 +207,38 @@ def test_p1_stop_iteration_and_a_real_recursion_error() -> None:
         assert batcher.submit("good").result(BOUND) == "good"
 
 
+def test_P5_a_job_with_less_time_than_the_linger_is_taken_before_its_deadline() -> None:
+    with batcher_of(lambda batch: list(batch), linger=60.0, delivery_timeout=300.0) as batcher:
+        first = batcher.submit("asleep until it has lingered")
+        time.sleep(0.05)
+        assert batcher.submit("hasty", delivery_timeout=1.0).result(BOUND) == "hasty"
+        assert first.result(BOUND)
+        alone = batcher.submit("alone", delivery_timeout=1.0)
+        assert alone.result(BOUND) == "alone"
+        assert batcher.stats().triggers["linger"] == 2
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_P6_a_cancel_tells_its_event_before_the_last_one(waits: bool) -> None:
+    heard: list[str] = []
+    with batcher_of(lambda batch: list(batch), linger=60.0, delivery_timeout=300.0) as batcher:
+        for kind in (JobCancelled, BatcherShutDown):
+            batcher.on(kind, lambda event: heard.append(type(event).__name__))
+        future = batcher.submit("job")
+
+        def shut_down(_: Any) -> None:
+            assert batcher.shutdown(waits).finished == waits
+            # Whoever waits in here would wait for itself if the last event waited for this cancel.
+            time.sleep(0.1)
+
+        future.add_done_callback(shut_down)
+        began = time.monotonic()
+        assert future.cancel()
+        assert batcher.shutdown(timeout=BOUND).finished
+        assert time.monotonic() - began < BOUND / 2
+    assert heard == (["BatcherShutDown", "JobCancelled"] if waits else ["JobCancelled", "BatcherShutDown"])
+
+
 def test_P1_a_log_handler_that_blocks_holds_up_no_future() -> None:
     class Full(logging.Handler):
         """As where nobody reads the pipe that the log goes to."""

@@ -54,11 +54,19 @@ FAST = RetryPolicy(backoff=0.001, backoff_max=0.001, retry_on=ConnectionError)
 
 
 @pytest.fixture(autouse=True)
-def _nobody_stays() -> Iterator[None]:
-    """A thread that hangs would let the interpreter hang at its end, where nobody sees why."""
+def _end() -> Iterator[None]:
     yield
+    nobody_stays()
+
+
+def nobody_stays() -> None:
+    """A thread that hangs would let the interpreter hang at its end, where nobody sees why."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
+            give_up = time.monotonic() + BOUND
+            while not thread.is_alive() and thread in threading.enumerate():
+                assert time.monotonic() < give_up, f"{thread} hangs in its start"
+                time.sleep(0.001)
             thread.join(BOUND)
             assert not thread.is_alive(), thread
 
@@ -532,3 +540,22 @@ def test_P6_other_calls_are_interrupted_anywhere(call: Callable[[Any], object]) 
     for where, caller in interrupted_everywhere(Waiting, call):
         assert wait([caller.future], BOUND).done, where
         caller.check(where, at_most=2)
+
+
+def test_P6_the_end_of_a_multiprocessing_child_is_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits there for the other threads is no daemon: if it hung, so would the process."""
+    monkeypatch.setattr(life, "_close_at_exit", lambda: None)
+    runs: list[tuple[threading.Event, threading.Thread]] = []
+    # Fewer points than where it looks at all threads.
+    monkeypatch.setattr(life, "_other_threads", lambda: [runs[-1][1]][: not runs[-1][0].is_set()])
+
+    def prepare() -> None:
+        over = threading.Event()
+        runs.append((over, threading.Thread(target=over.wait)))
+        runs[-1][1].start()
+
+    for _ in interrupted_everywhere(prepare, lambda _: life._close_after_other_threads()):
+        runs[-1][0].set()
+        nobody_stays()
+    runs[-1][0].set()
+    assert len(runs) > 30
