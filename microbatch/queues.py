@@ -6,7 +6,8 @@ import logging
 import queue
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
+from itertools import islice
 from typing import Any
 
 from .job import Job
@@ -108,7 +109,7 @@ class Store:
             many = getattr(target, "get_many", None)
             self.size = target.qsize
             self.put = target.put if type(target) is queue.SimpleQueue else target.put_nowait
-            self.take = self._take_one_by_one if many is None else lambda n: list(many(n))
+            self.take = self._take_one_by_one if many is None else lambda n: _listed(many(n), n)
         if not self.trusted:
             self.take = _contained(self.take)
             self.size = _sized(self.size)
@@ -160,6 +161,11 @@ class Store:
             living = [item for item in items if not dead(item)]
             for item in living if isinstance(target, queue.PriorityQueue) else reversed(living):
                 target._put(item)
+
+
+def _listed(given: Iterable[Any], n: int) -> list[Any]:
+    """All of it if it is a collection; an iterator, which may have no end, is not asked for more than *n*."""
+    return list(given if isinstance(given, Sized) else islice(given, n))
 
 
 def _contained(take: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Callable
 from typing import Any
@@ -343,6 +344,36 @@ def test_P4_a_queue_that_gives_too_much_and_twice_doubles_no_job_and_overfills_n
     batcher = InlineBatcher(processor, queue=Echo, max_batch_size=2)
     assert [future.result() for future in batcher.submit_many(range(5))] == list(range(5))
     assert processor.batches == [(0, 1), (2, 3), (4,)]
+
+
+class Sticky(Ring):
+    """Gives what it has again and again."""
+
+    def get_many(self, n: int) -> Any:
+        return self.items[:n]
+
+
+class Boundless(Sticky):
+    def qsize(self) -> int:
+        return 10**12 if self.items else 0
+
+
+class Endless(Sticky):
+    def get_many(self, n: int) -> Any:
+        return itertools.cycle(self.items) if self.items else []
+
+
+@pytest.mark.parametrize("kind", [Sticky, Boundless, Endless])
+@pytest.mark.timeout(20)
+def test_P5_a_queue_that_never_gets_empty_does_not_keep_the_lock(kind: Callable[[], Any]) -> None:
+    processor = FaultyProcessor[int, int]()
+    batcher = InlineBatcher(processor, queue=kind, max_batch_size=2, delivery_timeout=3.0)
+    assert [future.result() for future in batcher.submit_many([1, 2])] == [1, 2]
+    late = batcher.submit(3)
+    assert isinstance(late.exception(), DeliveryTimeout), "it hides behind those that come again and again"
+    assert processor.batches == [(1, 2)]
+    batcher._core.intake.rebuild(list)
+    assert batcher.shutdown().finished
 
 
 class Thief(Ring):
