@@ -279,7 +279,7 @@ def share_an_error(table: Table, batch: Any) -> Any:
     error = Bad("shared")
     for payload in batch:
         table.model.jobs[payload.n].errors.append(error)
-    table.isolated += len(batch)
+        table.isolated += 1
     return [error] * len(batch)
 
 
@@ -420,8 +420,9 @@ class Ledgers:
         with self.book:
             jobs = list(self.jobs.values())
         for job in jobs:
+            told = bool(job.ended)  # before the question, for the outcome may come in between
             if not job.future.done():
-                assert job.ended == []
+                assert not told
                 continue
             outcome = job.outcome()
             if job.final is None:
@@ -499,7 +500,7 @@ class Ledgers:
         stats = self.batcher.stats()
         assert sum(isinstance(event, JobRetrying) for event in self.heard) == stats.retries
         told = sum(isinstance(event, (BatchCompleted, BatchFailed)) for event in self.heard)
-        stopped = self.table.late + self.lost_batches  # not waited for by the shutdown, or by a worker that died
+        stopped = stats.late_results + self.lost_batches  # not waited for by the shutdown, or by a worker that died
         assert told <= stats.batches <= told + stopped, "every batch is told"
         assert sum(isinstance(event, BatcherShutDown) for event in self.heard) == 1
         assert isinstance([event for event in self.heard if not isinstance(event, JobSubmitted)][-1], BatcherShutDown)
@@ -594,7 +595,8 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
         elif batch.trigger == "idle":
             assert linger == 0
         elif batch.trigger == "linger":
-            assert now >= min(job.submitted for job in jobs) + linger > min(job.submitted for job in jobs)
+            assert linger > 0
+            assert any(now >= job.submitted + min(linger, (job.deadline - job.submitted) / 2) for job in jobs)
         elif batch.trigger == "retry":
             assert comes_back or self.table.failed_openings or all(job.handed > 1 for job in jobs)
         else:
@@ -720,9 +722,12 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
             self.look()
             seen = self.table.calls + self.table.failed_openings
             ready = [job for job in self.outstanding() if job.future.status is PENDING and job.deadline > self.now()]
-            oldest = min((job.submitted for job in ready), default=NEVER)
+            linger = self.options["linger"]
+            until = min(
+                (job.submitted + min(linger, (job.deadline - job.submitted) / 2) for job in ready), default=NEVER
+            )
             self.batcher._worker.turn(wait=False)
-            if oldest + self.options["linger"] <= self.now():
+            if until <= self.now():
                 assert self.table.calls + self.table.failed_openings > seen, "P8: nothing waits longer than it lingers"
 
     @precondition(lambda self: self.jobs)
@@ -956,11 +961,10 @@ class ThreadedModel(Ledgers, RuleBasedStateMachine):
 
 
 InlineModel.TestCase.settings = SETTINGS
-ThreadedModel.TestCase.settings = settings(SETTINGS, max_examples=max(1, EXAMPLES // 6), stateful_step_count=15)
+# Real time passes in it. A history of threads seldom fails twice: hypothesis then says "flaky", and names what failed.
+ThreadedModel.TestCase.settings = settings(SETTINGS, max_examples=max(1, EXAMPLES // 15), stateful_step_count=15)
 TestInlineModel = InlineModel.TestCase
-if "MICROBATCH_MODEL_EXAMPLES" in os.environ:
-    # Threads make its histories unrepeatable, which hypothesis may report as flaky: a run of its own judges it.
-    TestThreadedModel = ThreadedModel.TestCase
+TestThreadedModel = ThreadedModel.TestCase
 
 
 def test_the_model_knows_every_kind_of_unknown() -> None:
