@@ -202,3 +202,6 @@ def supervise(core: Core, watch: DeathWatch) -> None:
     finally:
         core.own.discard(threading.get_ident())
         watch.report()
+        if core.short and (core.outstanding or core.owed):
+            # Nobody else may be free to see to it: the workers may all be inside the processor.
+            core.replace_dead()

@@ -37,6 +37,7 @@ from microbatch import (
     QueueFull,
     RetryPolicy,
 )
+from microbatch.supervisor import Supervisor
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -216,6 +217,27 @@ def test_P5_a_job_with_less_time_than_the_linger_is_taken_before_its_deadline() 
         alone = batcher.submit("alone", delivery_timeout=1.0)
         assert alone.result(BOUND) == "alone"
         assert batcher.stats().triggers["linger"] == 2
+
+
+def test_P5_deadlines_are_kept_where_the_supervisor_dies_while_the_worker_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    die, run = threading.Event(), Supervisor.run
+
+    def run_or_die(supervisor: Supervisor) -> None:
+        if not die.is_set():
+            assert die.wait(BOUND)
+            raise SystemExit
+        run(supervisor)
+
+    monkeypatch.setattr(Supervisor, "run", run_or_die)
+    processor = Held()
+    with batcher_of(processor, max_batch_size=1) as batcher:
+        batcher.submit("held")
+        processor.entered()
+        short = batcher.submit("short", delivery_timeout=0.3)
+        die.set()
+        assert isinstance(short.exception(BOUND / 2), DeliveryTimeout)
 
 
 @pytest.mark.parametrize("waits", [False, True])
