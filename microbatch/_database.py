@@ -1,7 +1,8 @@
-"""The commands' own look at the server: connecting, and what a table takes."""
+"""The commands' own look at the server: connecting, what a table takes, and the ledger of the commit guard."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,16 @@ from psycopg import sql
 
 from microbatch._terminal import CommandError
 from microbatch.processors.postgres.conninfo import connection_parameters
+from microbatch.processors.postgres.guard import DDL
+from microbatch.processors.postgres.session import LEDGER
+
+_LEDGER_LOCK = 0x6D6272636864  # of every `init-db`: two that create the table at once would fail one of them
+_LEDGER_COLUMNS = {"lane": "uuid", "batch": "bigint", "at": "timestamp with time zone"}
+
+
+def conninfo_of(dsn: str | None) -> str:
+    """The server that --dsn names, or the environment."""
+    return os.environ.get("MICROBATCH_DSN", "") if dsn is None else dsn
 
 
 def connect(conninfo: str) -> psycopg.Connection[Any]:
@@ -121,3 +132,44 @@ def _check_columns(name: str, columns: tuple[str, ...], known: dict[str, _Column
 
 def _listed(columns: list[str]) -> str:
     return ("column " if len(columns) == 1 else "columns ") + ", ".join(map(repr, columns))
+
+
+def ledger_ddl() -> str:
+    """What creates the ledger, as a script."""
+    grant = f"-- For each role that runs batches: GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO ...;"
+    return f"{DDL};\n{grant}"
+
+
+def make_ledger(conninfo: str) -> str:
+    """Create the ledger where it is missing, and say what was done; `CommandError` says why not."""
+    with connect(conninfo) as connection:
+        try:
+            with connection.transaction():
+                connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LEDGER_LOCK])
+                if (there := _ledger(connection)) is not None:
+                    return f"{there} is there already; nothing was changed"
+                connection.execute(DDL.encode())
+                return f"created {_ledger(connection)}; roles other than its owner need SELECT, INSERT, UPDATE, DELETE"
+        except psycopg.Error as error:
+            raise CommandError(f"cannot create {LEDGER}: {one_line(error)}") from None
+
+
+def _ledger(connection: psycopg.Connection[Any]) -> str | None:
+    """The ledger's qualified name, None if there is none on the search path."""
+    found = connection.execute(
+        "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), c.oid FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)",
+        [LEDGER],
+    ).fetchone()
+    if found is None:
+        return None
+    name, oid = found
+    columns = connection.execute(
+        "SELECT attname, format_type(atttypid, NULL) FROM pg_attribute"
+        " WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped",
+        [oid],
+    ).fetchall()
+    if not _LEDGER_COLUMNS.items() <= dict(columns).items():
+        wanted = ", ".join(f"{column} {kind}" for column, kind in _LEDGER_COLUMNS.items())
+        raise CommandError(f"{name} is not microbatch's table: that one has {wanted}")
+    return str(name)

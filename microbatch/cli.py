@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from microbatch._terminal import CommandError, Stopped
 
+_DSN_HELP = "the server (default: $MICROBATCH_DSN, else libpq's PGHOST, PGDATABASE, ...)"
 _LOAD_HELP = """\
 Every row becomes a job of one INSERT statement, and rows are committed batch by
 batch: a load that stops half-way has written what it says it has.
@@ -26,6 +27,15 @@ the server refuses fails its whole batch; every row of it is among the rejects.
 Exit status: 0 when every row was committed, 1 when some were not, 2 when the
 load could not start, 130 after Ctrl-C. The first Ctrl-C (or SIGTERM) stops
 reading and waits for the rows already handed over, the second one gives them up.
+"""
+_INIT_DB_HELP = """\
+A worker whose COMMIT is not answered has to find out whether it was carried out.
+With this table it can, after a crash and a failover of the server too; without
+it the server's own memory of transactions is asked, which a crash spoils. New
+connections of the processor use it if it is on the search path of their role,
+with SELECT, INSERT and UPDATE; DELETE lets them clean up. It holds a row per worker.
+
+Without --apply the DDL is printed, for a migration of yours; no server is needed.
 """
 
 
@@ -59,6 +69,15 @@ def _load(arguments: argparse.Namespace) -> int:
     return load(LoadOptions(**options))
 
 
+def _init_db(arguments: argparse.Namespace) -> int:
+    from microbatch._database import conninfo_of, ledger_ddl, make_ledger
+
+    print(make_ledger(conninfo_of(arguments.dsn)) if arguments.apply else ledger_ddl())
+    if arguments.dsn is not None and not arguments.apply:
+        return _complain(arguments.command, "nothing was applied: that takes --apply", 0)
+    return 0
+
+
 def _complain(command: str, text: str, status: int) -> int:
     print(f"microbatch {command}: {text}", file=sys.stderr)
     return status
@@ -66,11 +85,12 @@ def _complain(command: str, text: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="microbatch", description="Micro-batching for PostgreSQL: try it, or load a file with it."
+        prog="microbatch", description="Micro-batching for PostgreSQL: try it, load a file, prepare a database."
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_load(commands)
+    _add_init_db(commands)
     return parser
 
 
@@ -99,7 +119,7 @@ def _add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     option = load.add_argument
     option("file", metavar="FILE", help="what to read; - is standard input")
     option("--table", required=True, metavar="T", help="written as in SQL: orders, sales.orders, '\"Orders\"'")
-    option("--dsn", help="the server (default: $MICROBATCH_DSN, else libpq's PGHOST, PGDATABASE, ...)")
+    option("--dsn", help=_DSN_HELP)
     option("--rejects", metavar="FILE", help="gets every row that was not committed, with its error (JSON lines)")
     _add_input_options(load.add_argument_group("input"))
     _add_batch_options(load.add_argument_group("batches"))
@@ -124,6 +144,20 @@ def _add_batch_options(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="seconds until a row gives up, retries included (default: 60)",
     )
+
+
+def _add_init_db(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init_db = commands.add_parser(
+        "init-db",
+        help="print or create the table of the commit guard",
+        description="Print or create the table in which batches leave word of their commit.",
+        epilog=_INIT_DB_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init_db.set_defaults(run=_init_db)
+    option = init_db.add_argument
+    option("--dsn", help=_DSN_HELP)
+    option("--apply", action="store_true", help="create the table, if it is not there, instead of printing the DDL")
 
 
 def _count(text: str) -> int:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TextIO
 
 from psycopg import sql
 
-from microbatch._database import find_table, one_line
+from microbatch._database import conninfo_of, find_table, one_line
 from microbatch._outcomes import Rejects, Tally
 from microbatch._rows import (
     BadInput,
@@ -65,7 +65,7 @@ class LoadOptions:
 
 def load(options: LoadOptions) -> int:
     """Load the file and print what became of it; returns the exit status."""
-    conninfo = options.dsn if options.dsn is not None else os.environ.get("MICROBATCH_DSN", "")
+    conninfo = conninfo_of(options.dsn)
     with StopSignals(patience=2) as stop, ExitStack() as stack:
         with stop.raising():
             binary = stack.enter_context(_open_input(options))

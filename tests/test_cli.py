@@ -17,11 +17,14 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from microbatch import _rows
 from microbatch._rows import BadInput, BadRow, CsvRows, JsonRows, Lines, Row, looks_like_json
 from microbatch._terminal import Stopped, StopSignals, table
 from microbatch.cli import main
+from microbatch.processors.postgres import PostgresProcessor
+from microbatch.processors.postgres.guard import DDL
 
 PATIENCE = 60.0  # seconds; a guard, not a measure
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "MICROBATCH_DSN"}
@@ -227,9 +230,10 @@ def test_help_needs_no_driver() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "demo" in done.stdout
     assert "load" in done.stdout
+    assert "init-db" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["load", "x.csv", "--table", "t"]])
+@pytest.mark.parametrize("arguments", [["demo"], ["load", "x.csv", "--table", "t"], ["init-db"]])
 def test_a_missing_driver_is_one_line_with_the_cure(arguments: list[str]) -> None:
     program = f"import sys; sys.modules['psycopg'] = None; from microbatch.cli import main; exit(main({arguments}))"
 
@@ -260,10 +264,10 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
         "host=127.0.0.1 port=1 password=geheim connect_timeout=5",
     ],
 )
-@pytest.mark.parametrize("command", ["load", "demo"])
+@pytest.mark.parametrize("command", ["load", "demo", "init-db"])
 def test_an_unreachable_server_is_one_line_without_the_password(dsn: str, command: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "a\n1\n")
-    arguments = [file, "--table", "t"] if command == "load" else []
+    arguments = {"load": [file, "--table", "t"], "demo": [], "init-db": ["--apply"]}[command]
 
     done = run(command, *arguments, "--dsn", dsn)
 
@@ -574,6 +578,88 @@ def test_memory_does_not_grow_with_the_file(payments: str, tmp_path: Path) -> No
 
     assert (done.returncode, counts(done)["committed"]) == (0, 100_000)
     assert late - early < 20_000, "kB"
+
+
+# Preparing a database.
+
+
+def test_the_ledgers_ddl_is_printed_without_a_server() -> None:
+    done = run("init-db", PGHOST="/nowhere")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{DDL};\n-- ")
+
+
+def test_a_dsn_alone_applies_nothing_and_says_so() -> None:
+    done = run("init-db", "--dsn", "host=/nowhere")
+
+    assert (done.returncode, done.stdout) == (0, run("init-db").stdout)
+    assert done.stderr == "microbatch init-db: nothing was applied: that takes --apply\n"
+
+
+@pytest.mark.database
+def test_the_ledger_is_created_once(database: str) -> None:
+    first = run("init-db", "--apply", "--dsn", database)
+    execute(database, "INSERT INTO microbatch_ledger VALUES ('b1946ac9-2449-4c1a-9d2f-3f0c9c7f7b10', 7)")
+    second = run("init-db", "--apply", MICROBATCH_DSN=database)
+
+    assert (first.returncode, first.stderr, second.returncode, second.stderr) == (0, "", 0, "")
+    assert first.stdout.startswith("created public.microbatch_ledger; ")
+    assert second.stdout == "public.microbatch_ledger is there already; nothing was changed\n"
+    assert fetch(database, "SELECT batch FROM microbatch_ledger") == [(7,)]
+
+
+@pytest.mark.database
+def test_the_printed_ddl_is_what_apply_looks_for(database: str) -> None:
+    execute(database, "CREATE SCHEMA shop")
+    execute(database, "SET search_path = shop; " + run("init-db").stdout)
+    dsn = make_conninfo(database, options="-c search_path=public,shop")
+
+    done = run("init-db", "--apply", "--dsn", dsn)
+
+    assert done.stdout == "shop.microbatch_ledger is there already; nothing was changed\n"
+
+
+@pytest.mark.database
+def test_two_that_create_the_ledger_at_once_get_along(database: str) -> None:
+    processes = [start("init-db", "--apply", "--dsn", database) for _ in range(3)]
+
+    ended = [process.communicate(timeout=PATIENCE) for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(stdout.split()[0] for stdout, _ in ended) == [
+        "created",
+        "public.microbatch_ledger",
+        "public.microbatch_ledger",
+    ]
+
+
+@pytest.mark.database
+@pytest.mark.parametrize(
+    ("preparation", "options", "complaint"),
+    [
+        ("SELECT 1", "-c search_path=nowhere", "no schema has been selected"),
+        ("SELECT 1", "-c default_transaction_read_only=on", "read-only"),
+        ("CREATE TABLE microbatch_ledger (lane text)", "", "public.microbatch_ledger is not microbatch's table"),
+    ],
+)
+def test_why_the_ledger_cannot_be_made_is_one_line(
+    database: str, preparation: str, options: str, complaint: str
+) -> None:
+    execute(database, preparation)
+
+    done = run("init-db", "--apply", "--dsn", make_conninfo(database, options=options))
+
+    assert_one_line(done, complaint)
+
+
+@pytest.mark.database
+def test_a_processor_finds_the_ledger_that_was_made(database: str) -> None:
+    assert run("init-db", "--apply", "--dsn", database).returncode == 0
+    processor = PostgresProcessor(database, "SELECT 1", commit_guard="ledger")
+
+    processor.open()
+    processor.close()
 
 
 # The demo.
