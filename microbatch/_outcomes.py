@@ -9,6 +9,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TextIO
 
+import psycopg
+
 from microbatch._rows import BadRow, Row
 from microbatch.errors import DeliveryTimeout, OutcomeUnknown
 
@@ -100,13 +102,15 @@ class Tally:
 
 
 def describe(error: BaseException | str) -> dict[str, Any]:
-    """Class, SQLSTATE and message of *error*; a plain string comes from the reader of the input."""
+    """Class, SQLSTATE, constraint and message of *error*; a plain string comes from the reader of the input."""
     if isinstance(error, str):
-        return {"error": "BadRow", "sqlstate": None, "message": error}
+        return {"error": "BadRow", "sqlstate": None, "constraint": None, "message": error}
     cause = error.__cause__
     message = str(error).strip() or type(error).__name__
+    origin = error if isinstance(error, psycopg.Error) else cause
     return {
         "error": type(error).__name__,
-        "sqlstate": getattr(error, "sqlstate", None) or getattr(cause, "sqlstate", None),
+        "sqlstate": getattr(origin, "sqlstate", None),
+        "constraint": origin.diag.constraint_name if isinstance(origin, psycopg.Error) else None,
         "message": message if cause is None else f"{message} ({type(cause).__name__}: {str(cause).strip()})",
     }

@@ -21,8 +21,11 @@ CSV has a header line that names the columns. Quoting is that of PostgreSQL's
 COPY: an unquoted empty field is NULL, "" is the empty string, and a quote inside
 a quoted field is doubled; a field is quoted as a whole or not at all. JSON lines
 hold one object each, all with the same keys: null is NULL, objects and arrays
-become JSON text. Rows that do not fit are refused, and the load goes on. A row that
-the server refuses fails its whole batch; every row of it is among the rejects.
+become JSON text. Rows that do not fit are refused, and the load goes on. A row
+that the server does not take fails alone; the rest of its batch is committed.
+
+--rejects gets a JSON object for each row that was not committed: "line", "row",
+"error" (its class), "sqlstate", "constraint" (the violated one), "message".
 
 Exit status: 0 when every row was committed, 1 when some were not, 2 when the
 load could not start, 130 after Ctrl-C. The first Ctrl-C (or SIGTERM) stops
