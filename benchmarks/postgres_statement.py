@@ -15,19 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import psycopg
+from database import add_options, described, server
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 from report import absolute, interleaved, machine, percentile, ratio
 
 from microbatch import MicroBatcher
-from microbatch.embedded import EmbeddedPostgres
 from microbatch.processors.postgres import PostgresProcessor
 
 Row = dict[str, Any]
@@ -128,16 +128,22 @@ def loop_direct(dsn: str, size: int, threads: int, seconds: float) -> Loop:
         return closed_loop(write, threads, seconds)
 
 
-def loop_batcher(dsn: str, threads: int, seconds: float) -> Loop:
-    with MicroBatcher[Row, Row](PostgresProcessor(dsn, INSERT)) as batcher:
+def by_statement(dsn: str) -> PostgresProcessor:
+    return PostgresProcessor(dsn, INSERT)
+
+
+def loop_batcher(dsn: str, processor: Callable[[str], PostgresProcessor], threads: int, seconds: float) -> Loop:
+    with MicroBatcher[Row, Row](processor(dsn)) as batcher:
         batcher.execute(payment(0))
         return closed_loop(batcher.execute, threads, seconds)
 
 
-def report_loops(dsn: str, threads: int, arguments: argparse.Namespace) -> None:
+def report_loops(
+    dsn: str, threads: int, arguments: argparse.Namespace, processor: Callable[[str], PostgresProcessor] = by_statement
+) -> None:
     sizes = sorted({min(size, threads) for size in (4, 8, 16, 32)})
     pools = {f"direct, pool of {size}": partial(loop_direct, dsn, size, threads, arguments.seconds) for size in sizes}
-    batched = {"microbatch": partial(loop_batcher, dsn, threads, arguments.seconds)}
+    batched = {"microbatch": partial(loop_batcher, dsn, processor, threads, arguments.seconds)}
     loops = interleaved({**pools, **batched}, arguments.repetitions)
     best = max(pools, key=lambda name: median(loop.rate for loop in loops[name]))
     print(f"closed loop, {threads} thread{'s' if threads > 1 else ''}")
@@ -168,38 +174,26 @@ def report_saturated(dsn: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dsn")
-    parser.add_argument(
-        "--setting", action="append", default=[], metavar="NAME=VALUE", help="of the server started here"
-    )
+    add_options(parser)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--rows", type=int, default=20_000, help="saturated")
     parser.add_argument("--batch-size", type=int, default=1000, help="saturated")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 8, 32], help="closed loop")
     parser.add_argument("--seconds", type=float, default=2.0, help="closed loop, per run")
     arguments = parser.parse_args()
-    settings = dict(setting.split("=", 1) for setting in arguments.setting)
 
-    with nullcontext() if arguments.dsn else EmbeddedPostgres(**settings) as server:
-        dsn = arguments.dsn or server.dsn
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            print(f"INSERTs in batches against INSERTs one by one\n\n{machine('microbatch', 'psycopg')}")
-            print(f"  server    {described(connection)}")
-            shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
-            print(f"  settings  {shown}; medians, in brackets the extremes\n")
-            connection.execute(CREATE)
-            try:
-                report_saturated(dsn, arguments)
-                for threads in arguments.threads:
-                    report_loops(dsn, threads, arguments)
-            finally:
-                connection.execute(f"DROP TABLE {TABLE}")
-
-
-def described(connection: psycopg.Connection[Any]) -> str:
-    names = ("server_version", "fsync", "synchronous_commit", "wal_sync_method", "commit_delay")
-    values = [connection.execute("SELECT current_setting(%s)", [name]).fetchone() for name in names]
-    return ", ".join(f"{name} {value[0]}" for name, value in zip(names, values, strict=True) if value)
+    with server(arguments) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
+        print(f"INSERTs in batches against INSERTs one by one\n\n{machine('microbatch', 'psycopg')}")
+        print(f"  server    {described(connection)}")
+        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
+        print(f"  settings  {shown}; medians, in brackets the extremes\n")
+        connection.execute(CREATE)
+        try:
+            report_saturated(dsn, arguments)
+            for threads in arguments.threads:
+                report_loops(dsn, threads, arguments)
+        finally:
+            connection.execute(f"DROP TABLE {TABLE}")
 
 
 if __name__ == "__main__":
