@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from microbatch.embedded import EmbeddedPostgres
 
@@ -33,3 +37,18 @@ def described(connection: psycopg.Connection[Any]) -> str:
     names = ("server_version", "fsync", "synchronous_commit", "wal_sync_method", "commit_delay")
     values = [connection.execute("SELECT current_setting(%s)", [name]).fetchone() for name in names]
     return ", ".join(f"{name} {value[0]}" for name, value in zip(names, values, strict=True) if value)
+
+
+@contextmanager
+def delayed(dsn: str, milliseconds: float) -> Iterator[str]:
+    """The same server so many milliseconds away, each way; over TCP only."""
+    parts = conninfo_to_dict(dsn)
+    target = [str(parts.get("host", "localhost")), str(parts.get("port", 5432))]
+    program = [sys.executable, str(Path(__file__).with_name("delay.py")), *target, str(milliseconds)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as proxy:
+        try:
+            assert proxy.stdout is not None
+            port = proxy.stdout.readline().strip()
+            yield make_conninfo(dsn, host="127.0.0.1", port=port, sslmode="disable")
+        finally:
+            proxy.terminate()
