@@ -723,7 +723,7 @@ def test_P4_keys_survive_a_crash_that_strangers_profit_from() -> None:
                 for _ in range(40)
             ]
         holder.close()
-        assert not {key for (key,) in drawn} & {str(row[0]) for row in theirs if row}
+        assert not {int(key) for (key,) in drawn} & {row[0] for row in theirs if row}
 
 
 def test_inside_a_users_transaction_rows_go_in_one_by_one_and_are_theirs_to_commit(

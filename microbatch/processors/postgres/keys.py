@@ -27,19 +27,19 @@ class Keys:
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self._columns = tuple(columns)
-        self._block: list[tuple[str, ...]] = []
+        self._block: list[tuple[bytes, ...]] = []
         self._is_random = all(column.is_random_uuid for column in columns)
         self._query = _query(columns).encode()
         self._in_advance = True
 
-    def draw(self, session: Session, count: int) -> list[tuple[str, ...]]:
+    def draw(self, session: Session, count: int) -> list[tuple[bytes, ...]]:
         """*count* keys that nobody else has; committed before this returns.
 
         Raises:
             psycopg.Error: the server refuses; nothing was written for any job.
         """
         if self._is_random:
-            return [tuple(str(uuid.uuid4()) for _ in self._columns) for _ in range(count)]
+            return [tuple([str(uuid.uuid4()).encode() for _ in self._columns]) for _ in range(count)]
         if len(self._block) < count:
             self._refill(session, count)
         taken, self._block = self._block[:count], self._block[count:]
@@ -53,7 +53,7 @@ class Keys:
         wanted = max(count, _LEAST) if self._in_advance else count - len(self._block)
         answer = session.ask(self._query, str(wanted))
         drawn = [
-            tuple((answer.get_value(row, column) or b"").decode() for column in range(answer.nfields))
+            tuple([answer.get_value(row, column) or b"" for column in range(answer.nfields)])
             for row in range(answer.ntuples)
         ]
         self._block += drawn

@@ -12,7 +12,8 @@ from psycopg.pq import TransactionStatus
 
 from microbatch.protocols import Batch
 
-from .catalogue import Table, look_up
+from .catalogue import look_up
+from .commands import Target
 from .guard import Guard, Guards
 from .keyed import KeyedAttempt
 from .keys import Keys, keys_of
@@ -20,7 +21,7 @@ from .plan import Plan, Strategy, plan_for
 from .portable import Portable
 from .session import Session
 from .statement import StatementWay
-from .tables import KeyedWay, MergeWay, RowWay, Target
+from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
 from .translate import is_supported
 
@@ -71,10 +72,11 @@ class StatementWriter:
 class Planned:
     """One table as one connection sees it, and the keys drawn through it."""
 
-    def __init__(self, table: Table, plan: Plan) -> None:
-        self.table = table
+    def __init__(self, session: Session, target: Target, plan: Plan) -> None:
         self.plan = plan
-        self.keys: Keys | None = keys_of(table, plan.drawn) if plan.strategy == "keys" else None
+        self.form = Form(session.connection, target, plan.drawn)
+        self.key_constraint = target.table.key_constraint
+        self.keys: Keys | None = keys_of(target.table, plan.drawn) if plan.strategy == "keys" else None
 
 
 class TableWriter:
@@ -114,16 +116,14 @@ class TableWriter:
         return attempt
 
     def _attempt(self, session: Session, batch: Batch[Any], guards: Guards, planned: Planned) -> Attempt:
-        target = Target(planned.table, self._columns, self._returning, self._on_conflict)
-        connection = session.connection
         if planned.plan.strategy == "statement" or session.status == TransactionStatus.INTRANS:
             # In somebody else's transaction nothing can be committed on the side, and no key be drawn durably.
-            return self._plain(session, RowWay(connection, target, batch), batch, guards.choose(session))
+            return self._plain(session, RowWay(planned.form, batch), batch, guards.choose(session))
         if planned.plan.strategy == "merge":
-            return self._plain(session, MergeWay(connection, target, batch), batch, guards.choose(session))
+            return self._plain(session, MergeWay(planned.form, batch), batch, guards.choose(session))
         assert planned.keys is not None
-        way = KeyedWay(connection, target, planned.plan.drawn, batch)
-        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.table.key_constraint)
+        way = KeyedWay(planned.form, batch)
+        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.key_constraint)
 
     def _plain(self, session: Session, way: RowWay, batch: Batch[Any], guard: Guard) -> Attempt:
         return Attempt(session, way, batch, guard, self._isolates)
@@ -134,11 +134,12 @@ class TableWriter:
             table = look_up(session, self._table, self._columns)
             encoding = session.connection.info.encoding
             plan = plan_for(table, self._columns, session.facts.version, encoding, bool(self._on_conflict))
-            known = session.memory[self] = Planned(table, self._pinned(plan, table, session))
+            target = Target(table, self._columns, self._returning, self._on_conflict)
+            known = session.memory[self] = Planned(session, target, self._pinned(plan, session))
             self._tell(known.plan)
         return cast(Planned, known)
 
-    def _pinned(self, plan: Plan, table: Table, session: Session) -> Plan:
+    def _pinned(self, plan: Plan, session: Session) -> Plan:
         wanted = self._strategy
         if wanted in ("auto", plan.strategy):
             return plan

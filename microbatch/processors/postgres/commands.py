@@ -1,0 +1,116 @@
+"""The commands that write rows into one table, put together once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .catalogue import Table, quoted
+
+_ALIAS = b"microbatch_t"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What `insert_into` was called with, and the table it found; *on_conflict* is SQL or empty."""
+
+    table: Table
+    columns: tuple[str, ...]
+    returning: Literal["*"] | tuple[str, ...] | None
+    on_conflict: bytes = b""
+
+    def json(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.table.columns if column.is_json)
+
+    def back(self, alias: bytes = b"") -> list[bytes]:
+        """What comes back of a row, as SQL."""
+        if self.returning is None:
+            return []
+        prefix = alias and alias + b"."
+        return [prefix + b"*"] if self.returning == "*" else [prefix + quoted(name) for name in self.returning]
+
+    def only(self) -> bytes:
+        """The table without its children, which may hold strangers' rows with the same key."""
+        return (b"" if self.table.kind == "p" else b"ONLY ") + self.table.identifier()
+
+
+def insert_row(target: Target) -> bytes:
+    """INSERT of one row; its parameters are of unknown type."""
+    command = b"INSERT INTO %s (%s) VALUES (%s)" % (
+        *(target.table.identifier(), _listed(target.columns)),
+        _parameters(len(target.columns)),
+    )
+    return command + target.on_conflict + _returning(target.back())
+
+
+def merge(target: Target) -> bytes:
+    """MERGE of an array per column; the first column that comes back is the row's number."""
+    casts, arrays, aliases = _sources(target.table, target.columns)
+    command = (
+        b"MERGE INTO %s AS microbatch_t USING (SELECT %s, microbatch_n FROM unnest(%s)"
+        b" WITH ORDINALITY microbatch_u(%s, microbatch_n)) AS microbatch_s(%s, microbatch_n)"
+        b" ON false WHEN NOT MATCHED THEN INSERT (%s) VALUES (%s)"
+    ) % (
+        *(target.table.identifier(), casts, arrays, aliases, aliases, _listed(target.columns)),
+        b", ".join(b"microbatch_s.c%d" % i for i in range(len(target.columns))),
+    )
+    back = target.back(_ALIAS)
+    return command + _returning([b"microbatch_s.microbatch_n", *back] if back else [])
+
+
+class KeyedCommands:
+    """INSERTs with the *drawn* columns of the key in front, whose texts come back in front, too.
+
+    `one` and `all` insert; `careful_one` and `careful_all` leave a key alone that is there already. `look_up` takes the
+    drawn keys, `compare` whole rows; an array per column, both.
+    """
+
+    def __init__(self, target: Target, drawn: tuple[str, ...]) -> None:
+        table, names = target.table, (*drawn, *target.columns)
+        casts, arrays, aliases = _sources(table, names)
+        overriding = any(table.column(name).identity == "a" for name in drawn)
+        into = b"INSERT INTO %s AS microbatch_t (%s)%s" % (
+            *(table.identifier(), _listed(names)),
+            b" OVERRIDING SYSTEM VALUE" if overriding else b"",
+        )
+        one = b"%s VALUES (%s)" % (into, _parameters(len(names)))
+        all_ = b"%s SELECT %s FROM unnest(%s) AS microbatch_s(%s)" % (into, casts, arrays, aliases)
+        careful = b" ON CONFLICT (%s) DO NOTHING" % _listed([column.name for column in table.key])
+        back = [*(b"%s.%s::text" % (_ALIAS, quoted(name)) for name in drawn), *target.back(_ALIAS)]
+        self.one, self.all = one + _returning(back), all_ + _returning(back)
+        self.careful_one, self.careful_all = one + careful + _returning(back), all_ + careful + _returning(back)
+        self.look_up = b"SELECT %s FROM %s AS microbatch_t WHERE (%s) IN (SELECT %s FROM unnest(%s) AS s(%s))" % (
+            *(b", ".join(back), target.only(), _listed(drawn)),
+            *_sources(table, drawn),
+        )
+        # As text, because not every type can be compared; with the modifier, which rounds and pads.
+        same = [
+            b"t.%s::text IS NOT DISTINCT FROM s.c%d::%s::text"
+            % (quoted(name), i, table.column(name).full_type.encode())
+            for i, name in enumerate(names)
+        ]
+        self.compare = b"SELECT count(*) FROM %s AS t, unnest(%s) AS s(%s) WHERE %s" % (
+            *(target.only(), arrays, aliases),
+            b" AND ".join(same),
+        )
+
+
+def _sources(table: Table, names: Sequence[str]) -> tuple[bytes, bytes, bytes]:
+    """For a command that takes an array per column: the casts, the arrays, the aliases."""
+    aliases = [b"c%d" % i for i in range(len(names))]
+    casts = [b"%s::%s" % (alias, table.column(name).type.encode()) for alias, name in zip(aliases, names, strict=True)]
+    arrays = [b"$%d::text[]" % (i + 1) for i in range(len(names))]
+    return b", ".join(casts), b", ".join(arrays), b", ".join(aliases)
+
+
+def _parameters(count: int) -> bytes:
+    return b", ".join(b"$%d" % (i + 1) for i in range(count))
+
+
+def _returning(columns: Sequence[bytes]) -> bytes:
+    return b" RETURNING " + b", ".join(columns) if columns else b""
+
+
+def _listed(names: Sequence[str]) -> bytes:
+    return b", ".join(map(quoted, names))
