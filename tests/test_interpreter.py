@@ -128,7 +128,7 @@ def test_at_exit_the_private_hook_is_too_late_once_the_end_has_begun(monkeypatch
 def test_the_waiters_of_the_stdlib_have_what_is_taken_from_them() -> None:
     future = JobFuture[int]()
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: seen.append(concurrent.futures.wait([future], 20)))
+    thread = threading.Thread(target=lambda: seen.append(concurrent.futures.wait([future], 20)), daemon=True)
     thread.start()
     while not future._waiters:
         assert thread.is_alive()
@@ -166,7 +166,7 @@ def test_a_condition_wakes_who_waits_on_it() -> None:
         woken.set()
 
     ready = threading.Event()
-    thread = threading.Thread(target=sleep)
+    thread = threading.Thread(target=sleep, daemon=True)
     thread.start()
     assert ready.wait(20)
     with condition:
@@ -194,7 +194,7 @@ def test_P1_a_condition_that_an_interrupted_call_left_locked_comes_free() -> Non
 
 def test_P1_a_condition_left_locked_by_a_thread_that_is_gone_comes_free() -> None:
     condition = FutureCondition()
-    thread = threading.Thread(target=condition.acquire)
+    thread = threading.Thread(target=condition.acquire, daemon=True)
     thread.start()
     thread.join(20)
 
@@ -218,7 +218,7 @@ def test_a_condition_that_a_running_call_locked_is_left_to_it() -> None:
             yield
 
     for call in (holds, lambda: next(generator())):
-        thread = threading.Thread(target=call)
+        thread = threading.Thread(target=call, daemon=True)
         thread.start()
         assert locked.wait(20)
         assert not condition.acquire(False)
@@ -250,7 +250,7 @@ def test_P1_a_lost_condition_taken_again_in_the_last_moment_is_not_taken_away(mo
         return seen
 
     monkeypatch.setattr(interpreter, "_is_over", slow_look)
-    thread = threading.Thread(target=lambda: answers.append(condition.acquire(False)))
+    thread = threading.Thread(target=lambda: answers.append(condition.acquire(False)), daemon=True)
     thread.start()
     assert looked.wait(20)
     with condition:
@@ -300,7 +300,7 @@ def test_a_bell_is_an_event() -> None:
 
 def test_a_bell_wakes_everybody() -> None:
     bell = Bell()
-    threads = [threading.Thread(target=bell.wait) for _ in range(20)]
+    threads = [threading.Thread(target=bell.wait, daemon=True) for _ in range(20)]
     for thread in threads:
         thread.start()
     while len(bell.sleepers) < 20:

@@ -156,7 +156,7 @@ def test_who_notifies_the_condition_by_hand_wakes_who_waits() -> None:
             future._result, future._state = 1, FINISHED  # type: ignore[assignment]
             future._condition.notify_all()
 
-    thread = threading.Thread(target=end)
+    thread = threading.Thread(target=end, daemon=True)
     thread.start()
     assert future.result(PATIENCE) == 1
     thread.join(PATIENCE)
@@ -202,7 +202,7 @@ def test_P5_the_supervisor_is_told_that_a_future_is_being_looked_at() -> None:
             inside.set()
             assert go.wait(PATIENCE)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=look, daemon=True)
     thread.start()
     assert inside.wait(PATIENCE)
     assert future._conclude(FINISHED, 1, None, blocking=False) is None
@@ -230,10 +230,10 @@ def test_P7_an_orphan_is_ended_whatever_its_locks_are() -> None:
     future = JobFuture[int]()
     called: list[Any] = []
     future.add_done_callback(called.append)
-    thread = threading.Thread(target=future._condition.acquire)
+    thread = threading.Thread(target=future._condition.acquire, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    sleeper = threading.Thread(target=lambda: called.append(future.exception()))
+    sleeper = threading.Thread(target=lambda: called.append(future.exception()), daemon=True)
     sleeper.start()
     while not (future._bell and future._bell.sleepers):
         assert sleeper.is_alive()
@@ -342,7 +342,7 @@ def test_P1_every_callback_is_called_exactly_once_in_a_race_with_the_conclusion(
             for n in range(3):
                 future.add_done_callback(lambda done, own=number * 3 + n: calls.append(own))
 
-        threads = [threading.Thread(target=add, args=(number,)) for number in range(3)]
+        threads = [threading.Thread(target=add, args=(number,), daemon=True) for number in range(3)]
         for thread in threads:
             thread.start()
         barrier.wait(PATIENCE)
@@ -396,7 +396,7 @@ def fast_switches() -> Iterator[None]:
 
 def together(call: Callable[..., object], threads: int) -> None:
     """Run *call* on so many threads; an exception in one of them fails the test by pytest's own means."""
-    started = [threading.Thread(target=call) for _ in range(threads)]
+    started = [threading.Thread(target=call, daemon=True) for _ in range(threads)]
     for thread in started:
         thread.start()
     for thread in started:
@@ -465,7 +465,7 @@ def test_P1_waits_that_begin_while_the_job_ends_miss_nothing_and_see_nothing_twi
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=wait, args=(how,)) for how in WAITS]
+        threads = [threading.Thread(target=wait, args=(how,), daemon=True) for how in WAITS]
         for thread in threads:
             thread.start()
         barrier.wait(PATIENCE)
@@ -494,7 +494,7 @@ def test_P1_waits_on_a_batcher_miss_nothing_and_see_nothing_twice(fast_switches:
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -517,7 +517,7 @@ def test_a_wait_for_many_jobs_costs_no_more_for_each_than_for_few() -> None:
 
     def cost(number: int) -> float:
         futures = [JobFuture[int]() for _ in range(number)]
-        thread = threading.Thread(target=cf.wait, args=(futures,))
+        thread = threading.Thread(target=cf.wait, args=(futures,), daemon=True)
         thread.start()
         while not all(vars(future).get("_waiters") for future in futures):
             assert thread.is_alive()
@@ -606,7 +606,7 @@ def test_P1_an_interrupt_at_any_point_of_a_conclusion_is_made_good_by_the_next_t
         if before not in waits:
             future.add_done_callback(answer.append)
             return future, None, answer
-        thread = threading.Thread(target=waits[before])
+        thread = threading.Thread(target=waits[before], daemon=True)
         thread.start()
         while not (future._waiters or (future._bell and future._bell.sleepers)):
             assert thread.is_alive()

@@ -335,7 +335,7 @@ def test_a_future_that_somebody_is_entering_wait_with_is_tried_again_soon() -> N
 
     with batcher.hold():
         future = batcher.submit(1, delivery_timeout=5)
-        thread = threading.Thread(target=enter, args=(future._condition,))
+        thread = threading.Thread(target=enter, args=(future._condition,), daemon=True)
         thread.start()
         assert entered.wait(10)
         batcher.clock.advance(5)
