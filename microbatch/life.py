@@ -78,12 +78,11 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
     if finish_without_threads(core):
         return core.finished
     try:
-        while not core.finished:
+        while not core.finished and (left := give_up - time.monotonic()) > 0:
             if core.short:
                 # Nobody else may be left to see to it.
                 core.replace_dead()
-            left = give_up - time.monotonic()
-            token.get(timeout=None if left == NEVER else min(max(0.0, left), threading.TIMEOUT_MAX))
+            token.get(timeout=None if left == NEVER else min(left, threading.TIMEOUT_MAX))
     except Empty:
         pass
     return core.finished

@@ -460,6 +460,19 @@ BREAKS = (
         seconds=60,
     ),
     Break(
+        "a shutdown looks at its timeout only when nobody wakes it",
+        "P6",
+        "life.py",
+        (
+            (
+                "while not core.finished and (left := give_up - time.monotonic()) > 0:",
+                "while not core.finished and (left := max(0.0, give_up - time.monotonic())) >= 0:",
+            ),
+        ),
+        ("test_threads.py::test_P6_a_shutdown_that_is_woken_all_the_time_ends_within_its_timeout",),
+        seconds=40,
+    ),
+    Break(
         "a dying supervisor leaves its place to whoever comes",
         "P5",
         "supervisor.py",

@@ -240,6 +240,25 @@ def test_P5_deadlines_are_kept_where_the_supervisor_dies_while_the_worker_is_hel
         assert isinstance(short.exception(BOUND / 2), DeliveryTimeout)
 
 
+def test_P6_a_shutdown_that_is_woken_all_the_time_ends_within_its_timeout() -> None:
+    """As by threads that die as soon as they are started."""
+    over = threading.Event()
+
+    def wake() -> None:
+        while not over.is_set():
+            for token in batcher._core.closers:
+                token.put(None)
+
+    with batcher_of(lambda batch: list(batch)) as batcher:
+        batcher.on(BatcherShutDown, lambda event: over.wait(BOUND))
+        assert batcher.submit("job").result(BOUND) == "job"
+        with threads(wake):
+            began = time.monotonic()
+            assert not batcher.shutdown(timeout=0.1).finished
+            assert time.monotonic() - began < BOUND / 2
+            over.set()
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_P6_a_cancel_tells_its_event_before_the_last_one(waits: bool) -> None:
     heard: list[str] = []
