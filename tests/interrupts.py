@@ -86,12 +86,14 @@ class _Injector:
             raise Interrupt(self.where)
 
 
-def interrupted_everywhere(prepare: Callable[[], T], call: Callable[[T], object]) -> Iterator[tuple[str, T]]:
-    """Run *call* on what *prepare* makes again and again, interrupted one point later each time, until it gets through.
+def interrupted_everywhere(
+    prepare: Callable[[], T], call: Callable[[T], object], step: int = 1
+) -> Iterator[tuple[str, T]]:
+    """Run *call* on what *prepare* makes again and again, interrupted *step* points later each time, until it ends.
 
     Yields, after each interruption, where it was and what was prepared. *call* must do the same every time.
     """
-    for n in itertools.count():
+    for n in itertools.count(0, step):
         injector = _Injector(n)
         prepared = prepare()
         outer = sys.gettrace()

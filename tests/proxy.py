@@ -79,13 +79,13 @@ def is_committed(message: Message) -> bool:
 
 
 def behind_commit() -> Callable[[Message], bool]:
-    """The synchronisation point behind a COMMIT: the server has all it needs to carry it out."""
+    """The synchronisation point behind a COMMIT, or a plain query: the server has all it needs to carry it out."""
     seen = threading.Event()
 
     def is_it(message: Message) -> bool:
         if is_commit(message):
             seen.set()
-        return seen.is_set() and message.to_server and message.kind == "S"
+        return seen.is_set() and message.to_server and message.kind in ("S", "Q")
 
     return is_it
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from microbatch.errors import OutcomeUnknown
 from microbatch.protocols import Batch
 
 from .log import tell
-from .session import Facts, Session
+from .session import Facts, Session, before
 
 Source: TypeAlias = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
 
@@ -28,7 +29,7 @@ class BorrowedConnections:
     def __init__(self, source: Source, kind: str = "a callable") -> None:
         self._source = source
         self._kind = kind
-        self._lent: dict[int, Batch[Any]] = {}  # by id() of the connection
+        self._lent: dict[int, int] = {}  # id() of a connection, to the thread that has it
         self._known: WeakKeyDictionary[psycopg.Connection[Any], tuple[Facts, dict[object, Any]]] = WeakKeyDictionary()
 
     def __str__(self) -> str:
@@ -42,10 +43,10 @@ class BorrowedConnections:
         try:
             with self._source() as connection:
                 try:
-                    with self._alone(_checked(connection), batch):
+                    with self._alone(_checked(connection)):
                         _check_usable(connection)
                         is_ours = connection.info.transaction_status == TransactionStatus.IDLE
-                        session = self._session(connection, batch.deadline)
+                        session = self._session(connection, before(batch.deadline))
                         try:
                             yield session
                         finally:
@@ -83,18 +84,21 @@ class BorrowedConnections:
         return session
 
     @contextmanager
-    def _alone(self, connection: psycopg.Connection[Any], batch: Batch[Any]) -> Iterator[None]:
+    def _alone(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
         # Two batches on one connection share a transaction: the rollback of one takes the other's rows along.
         # setdefault is one step under the interpreter's lock; a lock of ours could be inherited by a fork.
-        if self._lent.setdefault(id(connection), batch) is not batch:
-            raise RuntimeError(
-                "the callable gave a connection that another batch is using; give each call its own,"
-                " or leave max_concurrent_batches at 1"
-            )
+        # By thread, which has one batch at a time: what an interruption leaves behind here shuts nobody out.
+        me = threading.get_ident()
         try:
+            if self._lent.setdefault(id(connection), me) != me:
+                raise RuntimeError(
+                    "the callable gave a connection that another batch is using; give each call its own,"
+                    " or leave max_concurrent_batches at 1"
+                )
             yield
         finally:
-            del self._lent[id(connection)]
+            if self._lent.get(id(connection)) == me:
+                del self._lent[id(connection)]
 
     @contextmanager
     def visit(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from microbatch.protocols import Batch
 from .conninfo import connection_parameters
 from .flight import Prepared
 from .log import tell
-from .session import Session
+from .session import Session, before
 
 _PATIENCE = 5.0  # seconds for an answer where no batch sets a deadline
 
@@ -39,10 +39,10 @@ class OwnConnections:
     def lend(self, batch: Batch[Any]) -> Iterator[Session]:
         """A connection for *batch* alone; made if none is idle, closed afterwards if it is not clean."""
         stock = self._stock()
-        link = stock.take() or self._connect(batch.deadline)
+        link = stock.take() or self._connect(before(batch.deadline))
         stock.lend(batch.id, link)
         try:
-            link.session.give_up = batch.deadline
+            link.session.give_up = before(batch.deadline)
             yield link.session
         finally:
             if not stock.take_back(batch.id, link):

@@ -14,6 +14,8 @@ from .flight import Flight, Prepared, is_error
 
 LEDGER = "microbatch_ledger"
 
+_LEAST, _MARGIN = 0.05, 0.25  # seconds
+
 # The life of a history of transactions: a crash changes the third part, a failover the second.
 MARKER = """
     (SELECT system_identifier FROM pg_control_system()) || '/' ||
@@ -71,9 +73,16 @@ class Session:
         self.is_retired = False
         self.is_open = False  # a transaction, or a savepoint, that a batch has begun and not ended
 
-    def flight(self, *, keep: bool = True) -> Flight:
-        """A new flight; without *keep* it uses what is prepared and adds nothing."""
-        return Flight(self.connection, self.prepared, self.give_up, keep=keep)
+    def flight(self, *, keep: bool = True, commits: bool = False) -> Flight:
+        """A new flight; without *keep* it uses what is prepared and adds nothing.
+
+        One that *commits* gives up half-way to the deadline, so that there is time left to find out.
+        """
+        give_up = self.give_up
+        if commits and give_up is not None:
+            now = time.monotonic()
+            give_up = now + (give_up - now) / 2
+        return Flight(self.connection, self.prepared, give_up, keep=keep)
 
     def ask(self, command: bytes, *parameters: str | None) -> PGresult:
         """The answer to one command, in a flight of its own. Raises the server's error."""
@@ -127,6 +136,14 @@ class Session:
     def milliseconds_left(self) -> int | None:
         """Until *give_up*, at least one; None without."""
         return None if self.give_up is None else max(1, int((self.give_up - time.monotonic()) * 1000))
+
+
+def before(deadline: float | None) -> float | None:
+    """When to give up for a batch with this *deadline*: while there is time to say that nothing was written."""
+    if deadline is None:
+        return None
+    left = max(0.0, deadline - time.monotonic())
+    return deadline - min(_MARGIN, _LEAST + left / 10)
 
 
 def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Facts:

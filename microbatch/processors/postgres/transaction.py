@@ -310,7 +310,7 @@ class Attempt(Frame):
 
     def _commit(self, results: list[Any]) -> None:
         self.pending = Pending(results, self._token, self._guard, self._batch.deadline)
-        flight = self._session.flight()
+        flight = self._session.flight(commits=True)
         try:
             flight.run(b"RELEASE microbatch_batch" if self._inside else b"COMMIT")
             flight.sync()
