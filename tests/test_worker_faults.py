@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from queue import SimpleQueue
@@ -41,11 +42,7 @@ from microbatch import (
     protocols,
 )
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    # An interruption in a finaliser of the stdlib; Python drops it.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(120)
 
 BOUND = 10.0
 # The jobs' deadline. An outcome that comes only with it was not brought by anybody: a lost wake-up.
@@ -54,7 +51,9 @@ FAST = RetryPolicy(backoff=0.001, backoff_max=0.001, retry_on=ConnectionError)
 
 
 @pytest.fixture(autouse=True)
-def _end() -> Iterator[None]:
+def _frame(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # What an interrupted finaliser of the stdlib raises is dropped, and in C: pytest's hook would be interrupted, too.
+    monkeypatch.setattr(sys, "unraisablehook", deque(maxlen=0).append)
     yield
     nobody_stays()
 
