@@ -692,7 +692,7 @@ def test_P4_a_changed_history_is_decided_by_the_contents(
     monkeypatch.setattr(Session, "__init__", other_life)
 
     assert [row["n"] for row in processor.process(a_batch(same, "same", attempt=2))] == [0, 1, 2]
-    with pytest.raises(CommitUnknown, match="may be somebody else's"):
+    with pytest.raises(CommitUnknown, match="are somebody else's"):
         processor.process(a_batch(other, "other", attempt=2))
 
 

@@ -9,7 +9,8 @@ What may happen, and what follows:
    waits for a first attempt that is still open, and so does a first attempt that arrives late for the retry.
    All rows went in: the first attempt left nothing, and the retry is committed. Otherwise it is rolled back (a part of
    the rows may have been deleted since, and must not come back), and the keys are looked up.
-4. After a failover a key may be a stranger's: then the contents decide, and where they cannot nobody knows.
+4. A key may be a stranger's after a failover, or because somebody inserts by hand: the contents decide, and where they
+   cannot nobody knows.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class KeyedAttempt(Attempt):
     def _fly(self, positions: list[int]) -> dict[int, Any]:
         """One flight, one implicit transaction, one round trip."""
         self.pending = self._undecided(positions, [None] * len(self._batch))
-        flight = self._session.flight()
+        flight = self._session.flight(commits=True)
         before = self._limit(flight)
         count = self._way.send(flight, positions)
         if self._keyed.has_deferred:
@@ -159,10 +160,12 @@ class KeyedAttempt(Attempt):
         limits = self._limits(False)
         if limits is None:
             return 0
-        # Nothing is idle in a transaction of one flight.
+        # Nothing is idle in a transaction of one flight. The server gives up before the flight does, so that an answer
+        # that is still to come, and not a silence, decides.
+        statement, lock, _ = limits
         flight.run(
             b"SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true)",
-            [b"%d" % limit for limit in limits[:2]],
+            [b"%d" % max(1, statement * 2 // 5), b"%d" % lock],
         )
         return 1
 
@@ -286,20 +289,27 @@ class KeyedRetry(Attempt):
         return {i: found.get(i) for i in self._positions}
 
     def _check_history(self, found: dict[int, Any]) -> None:
-        """Whether a found key must be ours, since the sequence never gave it to anybody else."""
+        """Whether the rows found are this batch's, and not those of somebody who has its keys.
+
+        A batch is atomic: if one row is surely its own, all its keys were. Only after a crash or a failover, when keys
+        may have been given out twice, each row has to speak for itself.
+        """
         marker = self._first_token.marker
-        if marker is not None and marker == self._session.facts.marker:
-            return
+        needed = 1 if marker is not None and marker == self._session.facts.marker else len(self._positions)
+        if len(found) < needed or self._count_own() < needed:
+            raise CommitUnknown(
+                f"batch {self._batch.id}: there are rows with its keys that are not what it wrote; they were changed"
+                " since, or are somebody else's who took the keys by hand or after a failover",
+                batch_id=self._batch.id,
+            )
+
+    def _count_own(self) -> int:
         flight = self._session.flight(keep=False)
         self._keyed.compare(flight, self._positions)
         flight.sync()
-        answer = self._checked(flight.land()[0][-1])
-        if len(found) != len(self._positions) or int(answer.get_value(0, 0) or 0) != len(self._positions):
-            raise CommitUnknown(
-                f"batch {self._batch.id}: the server crashed or failed over, its keys are in the table, and the rows"
-                " are not the batch's: they may be somebody else's",
-                batch_id=self._batch.id,
-            )
+        answer = flight.land()[0][-1]
+        # A value that cannot even be read was never written.
+        return 0 if is_error(answer) else int(answer.get_value(0, 0) or 0)
 
     def _anew(self) -> dict[int, Any] | None:
         """Each job for itself, with the same keys: a first attempt that arrives late meets them."""
@@ -315,7 +325,7 @@ class KeyedRetry(Attempt):
 
     def _commit_retry(self, results: dict[int, Any]) -> None:
         # Its own fate is the same question again, so nothing has to be kept for it.
-        flight = self._session.flight()
+        flight = self._session.flight(commits=True)
         flight.run(b"COMMIT")
         flight.sync()
         answer = flight.land()[0][-1]
