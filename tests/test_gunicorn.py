@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from programs import Program, Told
+from programs import SCRIPTS, Program, Told
 
 config = pytest.importorskip("gunicorn.config")
 
@@ -34,7 +34,8 @@ class Server(Program):
             self.port: int = listening.getsockname()[1]
             command = [
                 *(sys.executable, "-W", "ignore::DeprecationWarning", "-m", "gunicorn"),
-                *("--bind", f"fd://{listening.fileno()}", "--workers", "2", "--graceful-timeout", "25"),
+                *("--config", str(SCRIPTS / "gunicorn_settings.py"), "--workers", "2", "--graceful-timeout", "25"),
+                *("--bind", f"fd://{listening.fileno()}"),
                 *("--worker-tmp-dir", "/dev/shm" if os.path.isdir("/dev/shm") else str(directory)),
                 *("--log-level", "warning", *ALONE, *options, "web:application"),
             ]
