@@ -36,7 +36,7 @@ SITUATIONS = {
     "queued": "MicroBatcher(processor, max_batch_size=1)",
     "running": "MicroBatcher(processor)",
     "lingering": "MicroBatcher(processor, linger=15, max_batch_size=50)",
-    "waiting for a retry": "MicroBatcher(Gated(failing=True), retry=Later(backoff=0.2))",
+    "waiting for a retry": "MicroBatcher(Gated(failing=True), retry=Later(backoff=1.0))",
     "two workers": "MicroBatcher(processor, max_batch_size=5, max_concurrent_batches=2)",
 }
 

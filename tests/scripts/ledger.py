@@ -145,7 +145,34 @@ def hookless_child(work: Any) -> int:
 
 
 def hookless_fork() -> int:
-    # The other threads go to sleep first: one that waits for the interpreter's lock at the fork leaves a
-    # condition variable behind that the child, which knows nothing of the fork, can hang on.
-    time.sleep(0.1)
+    _wait_until_threads_sleep()
     return int(ctypes.PyDLL(None).fork())
+
+
+def _wait_until_threads_sleep() -> None:
+    """The other threads must not be about to run: one that waits for the interpreter's lock at the fork leaves a
+    condition variable behind that the child, which knows nothing of the fork, can hang on.
+    """
+    if not os.path.isdir("/proc/self/task"):
+        time.sleep(0.1)
+        return
+    give_up = time.monotonic() + 20
+    looks, before = 0, None
+    while looks < 5:
+        assert time.monotonic() < give_up, before
+        time.sleep(0.02)
+        now = _other_threads()
+        looks = looks + 1 if now == before and all("(sleeping)" in lines for lines in now.values()) else 0
+        before = now
+
+
+def _other_threads() -> dict[str, str]:
+    """State and number of sleeps, by thread."""
+    found = {}
+    for thread in set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}:
+        try:
+            with open(f"/proc/self/task/{thread}/status") as status:
+                found[thread] = "".join(line for line in status if line.startswith(("State:", "voluntary_ctxt")))
+        except OSError:
+            pass  # it has ended
+    return found
