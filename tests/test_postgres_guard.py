@@ -369,7 +369,7 @@ def test_P5_a_server_that_takes_no_writes_is_waited_out(database: str, guard: st
             future = batcher.submit({"key": "a"})
             error = batcher.submit({"key": "b"}, delivery_timeout=0.4).exception(5)
             assert isinstance(error, DeliveryTimeout)
-            assert isinstance(error.__cause__, psycopg.errors.ReadOnlySqlTransaction)
+            assert isinstance(error.__cause__, psycopg.Error)
             set_read_only("off")
             assert future.result(10)["key"] == "a"
     finally:

@@ -81,10 +81,11 @@ class Flight:
         """Queue one command; prepared for the next time unless it comes only *once*."""
         self._begin()
         name = None if once else self._name(command, types)
+        values = parameters or None  # psycopg 3.2 takes no empty tuple
         if name is None:
-            self._pgconn.send_query_params(command, parameters, param_types=types or None, param_formats=formats)
+            self._pgconn.send_query_params(command, values, param_types=types or None, param_formats=formats or None)
         else:
-            self._pgconn.send_query_prepared(name, parameters, param_formats=formats)
+            self._pgconn.send_query_prepared(name, values, param_formats=formats or None)
         self._sent.append(_COMMAND)
 
     def prepare(self, command: bytes) -> None:
