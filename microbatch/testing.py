@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -47,7 +48,8 @@ class InlineBatcher(MicroBatcher[J, R]):
 
     Args:
         processor: as for `MicroBatcher`.
-        clock: a `ManualClock` to share, its own by default.
+        clock: a `ManualClock` to share; by default one of its own, which is never behind the real time when a job
+            is submitted to an empty batcher.
         options: as for `MicroBatcher`.
     """
 
@@ -58,7 +60,8 @@ class InlineBatcher(MicroBatcher[J, R]):
         clock: ManualClock | None = None,
         **options: Any,
     ) -> None:
-        self.clock = ManualClock() if clock is None else clock
+        self.clock = ManualClock(time.monotonic()) if clock is None else clock
+        self._catches_up = clock is None
         self._held = 0
         self._running = False
         # There is no other thread that could make room while a submit waits.
@@ -88,6 +91,7 @@ class InlineBatcher(MicroBatcher[J, R]):
         delivery_timeout: float | None = _DEFAULT,
     ) -> JobFuture[R]:
         """As `MicroBatcher.submit`; the future is resolved already, unless the batcher is held."""
+        self._catch_up()
         future: JobFuture[R] = super().submit(
             job,
             job_id=job_id,
@@ -107,6 +111,7 @@ class InlineBatcher(MicroBatcher[J, R]):
         delivery_timeout: float | None = _DEFAULT,
     ) -> list[JobFuture[R]]:
         """As `MicroBatcher.submit_many`: the jobs form as few batches as they can."""
+        self._catch_up()
         futures = super().submit_many(
             jobs, priority=priority, submit_timeout=submit_timeout, delivery_timeout=delivery_timeout
         )
@@ -171,6 +176,11 @@ class InlineBatcher(MicroBatcher[J, R]):
         if self._worker in core.workers:
             leave(self._worker)
         self._supervisor.check()
+
+    def _catch_up(self) -> None:
+        # A processor may compare its batch's deadline with the real time, so a clock of our own does not lag behind.
+        if self._catches_up and not self._core.outstanding:
+            self.clock.now = max(self.clock.now, time.monotonic())
 
     def _run_unless_held(self) -> None:
         if not self._held:

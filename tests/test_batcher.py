@@ -35,7 +35,7 @@ from microbatch import (
     RetryPolicy,
     ShutdownReport,
 )
-from microbatch.testing import FaultyProcessor, InlineBatcher
+from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
 
 Inline = InlineBatcher[Any, Any]
 PATIENCE = 20.0
@@ -175,7 +175,7 @@ def test_a_plain_function_is_handed_the_batch_as_a_processor_is() -> None:
         seen.append((batch[:], batch.attempt, batch.trigger, batch.deadline))
         return [job.upper() for job in batch]
 
-    assert Inline(work).submit("a").result() == "A"
+    assert Inline(work, clock=ManualClock()).submit("a").result() == "A"
     assert seen == [(("a",), 1, "idle", 1020.0)]
 
 

@@ -48,7 +48,7 @@ from microbatch import (
     RetryPolicy,
     WorkerDied,
 )
-from microbatch.testing import InlineBatcher
+from microbatch.testing import InlineBatcher, ManualClock
 
 EXAMPLES = int(os.environ.get("MICROBATCH_MODEL_EXAMPLES", "300"))
 SHRINK = os.environ.get("MICROBATCH_MODEL_SHRINK") != "no"
@@ -542,7 +542,7 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
     def begin(self, listening: bool, mischief: str | None, **options: Any) -> None:
         self.start()
         self.options = options
-        self.batcher = InlineBatcher(self.table, **options)
+        self.batcher = InlineBatcher(self.table, clock=ManualClock(), **options)
         self.batcher._held = 1
         self.listening = listening
         self.abandon_at = NEVER
