@@ -42,9 +42,9 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table as the load sees it: *insert* takes one value for each of *columns*."""
+    """The table as the load sees it; its name as in SQL."""
 
-    insert: sql.Composed
+    table: str
     columns: tuple[str, ...]
     json_columns: frozenset[str]
 
@@ -62,20 +62,15 @@ def find_table(conninfo: str, name: str, columns: tuple[str, ...]) -> Target:
     """Look the table up and check *columns* against it; `CommandError` says what does not fit."""
     with connect(conninfo) as connection:
         try:
-            oid, identifier = _resolve(connection, name)
+            oid, table = _resolve(connection, name)
             known = {column.name: column for column in _columns_of(connection, oid)}
             _check_columns(name, columns, known)
-            insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-                identifier,
-                sql.SQL(", ").join(map(_identifier, columns)),
-                sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
-            )
         except psycopg.Error as error:
             raise CommandError(f"cannot look up table {name}: {one_line(error)}") from None
-    return Target(insert, columns, frozenset(column.name for column in known.values() if column.is_json))
+    return Target(table, columns, frozenset(column.name for column in known.values() if column.is_json))
 
 
-def _resolve(connection: psycopg.Connection[Any], name: str) -> tuple[int, sql.Identifier]:
+def _resolve(connection: psycopg.Connection[Any], name: str) -> tuple[int, str]:
     row = connection.execute(
         "SELECT c.oid, n.nspname, c.relname, c.relkind::text FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)",
@@ -87,12 +82,7 @@ def _resolve(connection: psycopg.Connection[Any], name: str) -> tuple[int, sql.I
     oid, schema, relation, kind = row
     if kind not in "rpvf":
         raise CommandError(f"{name} is no table")
-    return oid, _identifier(schema, relation)
-
-
-def _identifier(*names: str) -> sql.Identifier:
-    # In a statement with parameters, a percent sign begins a placeholder unless it is doubled.
-    return sql.Identifier(*[name.replace("%", "%%") for name in names])
+    return oid, sql.Identifier(schema, relation).as_string(None)
 
 
 def _columns_of(connection: psycopg.Connection[Any], oid: int) -> list[_Column]:

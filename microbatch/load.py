@@ -20,9 +20,7 @@ from os.path import samestat
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from psycopg import sql
-
-from microbatch._database import conninfo_of, find_table, one_line
+from microbatch._database import Target, conninfo_of, find_table, one_line
 from microbatch._outcomes import Rejects, Tally
 from microbatch._rows import (
     BadInput,
@@ -76,7 +74,7 @@ def load(options: LoadOptions) -> int:
         progress = Progress(binary, tally)
         run = _Run(options, tally, stop, progress)
         with rejects, shown_on(progress):
-            run.feed(conninfo, target.insert, source.read(target.json_columns))
+            run.feed(conninfo, target, source.read(target.json_columns))
         return run.report()
 
 
@@ -160,11 +158,11 @@ class _Run:
         self._seconds = 0.0
         self._trouble = ""
 
-    def feed(self, conninfo: str, insert: sql.Composed, rows: Iterator[Row | BadRow]) -> None:
+    def feed(self, conninfo: str, target: Target, rows: Iterator[Row | BadRow]) -> None:
         """Submit all *rows* and wait for their outcomes, or for the stop signals."""
         options = self._options
         batcher: MicroBatcher[tuple[str | None, ...], Any] = MicroBatcher(
-            PostgresProcessor(conninfo, insert),
+            PostgresProcessor.insert_into(conninfo, target.table, target.columns, returning=None),
             max_batch_size=options.max_batch_size,
             max_concurrent_batches=options.workers,
             max_outstanding=self._max_outstanding,

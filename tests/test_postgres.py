@@ -1154,3 +1154,20 @@ def test_only_an_error_of_the_server_is_a_refusal(control: psycopg.Connection[An
     assert not is_refusal(raised("08007"))
     assert not is_refusal(psycopg.OperationalError("server closed the connection unexpectedly"))
     assert not is_refusal(KeyboardInterrupt())
+
+
+def test_P3_jobs_that_depend_on_each_other_keep_their_order_in_isolation(
+    make: Make, control: psycopg.Connection[Any]
+) -> None:
+    """The first of two that take from one stock gets it, though a neighbour makes its batch fail."""
+    control.execute("CREATE TABLE stock (id int PRIMARY KEY, left_over int CHECK (left_over >= 0))")
+    control.execute("INSERT INTO stock VALUES (1, 10), (2, 1000)")
+    take = make("UPDATE stock SET left_over = left_over - %(n)s WHERE id = %(id)s RETURNING left_over")
+    jobs = [{"id": 1, "n": 6}, {"id": 2, "n": "x"}, *({"id": 2, "n": 1} for _ in range(40)), {"id": 1, "n": 6}]
+
+    results = take.process(a_batch(jobs))
+
+    assert results[0] == {"left_over": 4}
+    assert isinstance(results[1], psycopg.errors.InvalidTextRepresentation)
+    assert isinstance(results[-1], psycopg.errors.CheckViolation)
+    assert [row["left_over"] for row in results[2:-1]] == list(range(999, 959, -1))

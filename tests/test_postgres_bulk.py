@@ -23,7 +23,8 @@ from psycopg.types.json import Jsonb
 
 from microbatch.embedded import EmbeddedPostgres
 from microbatch.errors import OutcomeUnknown
-from microbatch.processors.postgres import BatchRolledBack, CommitUnknown, PostgresProcessor
+from microbatch.processors.postgres import BatchRolledBack, CommitUnknown, PostgresProcessor, writer
+from microbatch.processors.postgres.guard import DDL
 from microbatch.processors.postgres.session import Session
 from microbatch.protocols import Batch
 
@@ -260,6 +261,35 @@ def test_the_plan_is_told_and_a_pinned_one_that_cannot_be_had_is_refused(
         pinned.open()
     make().open()
     assert "table item is written by" in caplog.text
+
+
+def test_a_pinned_ledger_takes_a_way_without_drawn_keys(make: Make, control: psycopg.Connection[Any]) -> None:
+    control.execute(PLAIN.encode())
+    control.execute(DDL.encode())
+    processor = make(commit_guard="ledger")
+    assert [row["n"] for row in processor.process(a_batch([(1, "a"), (2, "b")]))] == [1, 2]
+    assert processor.plan is not None
+    assert processor.plan.strategy != "keys"
+    assert control.execute("SELECT count(*) FROM microbatch_ledger").fetchone() == (1,)
+    with pytest.raises(ValueError, match="commit_guard='ledger' is pinned"):
+        make(commit_guard="ledger", strategy="keys").open()
+
+
+def test_a_trigger_that_is_added_is_noticed_within_a_minute(
+    make: Make, control: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.execute(PLAIN.encode())
+    processor = make()
+    processor.process(a_batch([(1, "a")]))
+    assert processor.plan is not None
+    assert processor.plan.strategy == "keys"
+    control.execute(
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN NEW.id = -NEW.n; RETURN NEW; END$$;"
+        "CREATE TRIGGER a BEFORE INSERT ON item FOR EACH ROW EXECUTE FUNCTION f()"
+    )
+    monkeypatch.setattr(writer, "_REREAD_SECONDS", 0.0)
+    assert [row["id"] for row in processor.process(a_batch([(2, "a"), (3, "b")], "b2"))] == [-2, -3]
+    assert processor.plan.strategy != "keys"
 
 
 @pytest.mark.parametrize(

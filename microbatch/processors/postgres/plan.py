@@ -31,8 +31,10 @@ class Plan:
     drawn: tuple[str, ...] = ()
 
 
-def plan_for(table: Table, columns: Sequence[str], version: int, encoding: str, has_on_conflict: bool) -> Plan:
-    """The fastest way whose results are exact and whose retry cannot double."""
+def plan_for(
+    table: Table, columns: Sequence[str], version: int, encoding: str, has_on_conflict: bool, has_ledger: bool
+) -> Plan:
+    """The fastest way whose results are exact and whose retry cannot double; *has_ledger*: it is pinned."""
     if has_on_conflict:
         return Plan("statement", "on_conflict decides row by row")
     if table.kind == "f":
@@ -43,7 +45,7 @@ def plan_for(table: Table, columns: Sequence[str], version: int, encoding: str, 
         return Plan("statement", "row security is active for this role")
     if encoding in _UNSAFE_ENCODINGS:
         return Plan("statement", f"the client encoding {encoding} does not go into an array")
-    obstacle = "it is a view" if table.kind == "v" else _obstacle_to_keys(table, columns)
+    obstacle = "commit_guard='ledger' is pinned" if has_ledger else _obstacle_to_keys(table, columns)
     if not obstacle:
         drawn = tuple(column.name for column in drawn_columns(table, columns))
         return Plan("keys", f"each row's {', '.join(drawn)} is drawn beforehand", drawn)
@@ -58,6 +60,8 @@ def drawn_columns(table: Table, columns: Sequence[str]) -> list[Column]:
 
 
 def _obstacle_to_keys(table: Table, columns: Sequence[str]) -> str:
+    if table.kind == "v":
+        return "it is a view"
     if not table.key:
         return "it has no primary key"
     if not table.usable_key:

@@ -108,7 +108,8 @@ class PostgresProcessor:
             sort_key: as for the constructor.
             strategy: how; see `plan`. One that cannot be had for the table is refused by `open()`.
             on_job_error: as for the constructor.
-            commit_guard: as for the constructor; drawn keys need none.
+            commit_guard: as for the constructor. Drawn keys need none, unless others delete rows as soon as they are
+                there or set the sequence back: `"ledger"` takes a way without drawn keys.
 
         Raises:
             ValueError: an option has a wrong value; the message names it and the remedy.
@@ -116,7 +117,8 @@ class PostgresProcessor:
         """
         isolates = _one_of("on_job_error", on_job_error, ("isolate", "fail_batch")) == "isolate"
         self = cls.__new__(cls)
-        writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates)
+        has_ledger = commit_guard == "ledger"
+        writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates, has_ledger)
         self._set_up(conninfo, writer, commit_guard, sort_key)
         return self
 

@@ -17,6 +17,8 @@ from .translate import Bound, Reader, as_result, bind_jobs
 class StatementWay:
     """The jobs of one batch, bound to their statement; a job's result is by position, so it is exact."""
 
+    in_order = True  # an UPDATE may leave to the next one what a CHECK then refuses
+
     def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
         bound = bind_jobs(connection, statement, jobs)
         self.refused = {i: job for i, job in enumerate(bound) if isinstance(job, Exception)}

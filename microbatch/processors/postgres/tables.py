@@ -38,6 +38,7 @@ class RowWay:
 
     def __init__(self, form: Form, jobs: Sequence[Job]) -> None:
         self._form = form
+        self.in_order = bool(form.target.on_conflict)
         self.refused: dict[int, Exception] = {}
         self._rows: list[Row] = []
         for i, job in enumerate(jobs):

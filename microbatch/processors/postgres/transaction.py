@@ -10,6 +10,7 @@ What may happen to the batch, and who says so:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from .errors import BatchRolledBack, CommitUnknown, Undecided
 from .flight import Flight, is_error
 from .guard import Guard, NoGuard, Token, read_token
 from .isolation import Isolated, by_chunks, one_by_one
+from .log import tell
 from .order import Ordered
 from .session import MARKER, Session
 from .sqlstate import Kind, finally_failed, is_refusal, kind_of
@@ -205,13 +207,17 @@ class Attempt(Frame):
         return self._way.read(positions, answers[before : before + count])
 
     def _isolated(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
-        isolated = self._isolate(by_chunks, positions)
-        if isolated.order_mattered():
+        isolated = self._isolate(one_by_one if self._way.in_order else by_chunks, positions)
+        if isolated.order_mattered() and not self._way.in_order:
             # The earlier of two jobs wins, also when only its neighbours had made its chunk fail.
             self._roll_back()
             isolated = self._isolate(one_by_one, positions)
         for i, error in isolated.errors.items():
             failed[i] = self._last_word(error)
+        for first in isolated.errors.values():
+            said = (self._batch.id, len(isolated.errors), len(self._batch), type(first).__name__, first.sqlstate)
+            tell(logging.WARNING, "batch %s: %d of %d jobs failed alone, the first with %s %s", *said)
+            break
         if not isolated.results:
             self._roll_back()
         return isolated.results

@@ -15,9 +15,12 @@ class Way(Protocol):
 
     Attributes:
         refused: the jobs that cannot be sent at all, by position, with the error that says why.
+        in_order: whether a job may depend on what the ones before it have written, so that no job may be tried
+            before an earlier one.
     """
 
     refused: dict[int, Exception]
+    in_order: bool
 
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         """Queue the commands that write the jobs at *positions*, one command per job if *each*; returns how many."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -29,6 +30,7 @@ _log = logging.getLogger("microbatch.postgres")
 
 Returning: TypeAlias = Literal["*"] | Sequence[str] | None
 
+_REREAD_SECONDS = 60.0
 # What the catalogue said may be out of date.
 _OUTDATED = frozenset(("42703", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501"))
 
@@ -72,8 +74,9 @@ class StatementWriter:
 class Planned:
     """One table as one connection sees it, and the keys drawn through it."""
 
-    def __init__(self, session: Session, target: Target, plan: Plan) -> None:
+    def __init__(self, session: Session, target: Target, plan: Plan, read_at: float) -> None:
         self.plan = plan
+        self.read_at = read_at
         self.form = Form(session.connection, target, plan.drawn)
         self.key_constraint = target.table.key_constraint
         self.keys: Keys | None = keys_of(target.table, plan.drawn) if plan.strategy == "keys" else None
@@ -90,7 +93,9 @@ class TableWriter:
         on_conflict: str | sql.Composable | None,
         strategy: Strategy | Literal["auto"],
         isolates: bool,
+        has_ledger: bool,
     ) -> None:
+        self._has_ledger = has_ledger
         self._table = _name(table)
         self._columns = _columns(columns)
         self._returning = _returning(returning)
@@ -108,10 +113,10 @@ class TableWriter:
         session.memory.pop(self, None)
 
     def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
-        is_fresh = self not in session.memory
+        known = session.memory.get(self)
         planned = self._planned(session)
         attempt = self._attempt(session, batch, guards, planned)
-        if not is_fresh:
+        if planned is known:
             attempt.outdated_by = _OUTDATED
         return attempt
 
@@ -129,15 +134,23 @@ class TableWriter:
         return Attempt(session, way, batch, guard, self._isolates)
 
     def _planned(self, session: Session) -> Planned:
-        known = session.memory.get(self)
-        if known is None:
-            table = look_up(session, self._table, self._columns)
-            encoding = session.connection.info.encoding
-            plan = plan_for(table, self._columns, session.facts.version, encoding, bool(self._on_conflict))
-            target = Target(table, self._columns, self._returning, self._on_conflict)
-            known = session.memory[self] = Planned(session, target, self._pinned(plan, session))
-            self._tell(known.plan)
-        return cast(Planned, known)
+        known: Planned | None = session.memory.get(self)
+        now = time.monotonic()
+        # Looked at again now and then: a trigger that is added changes nothing that an error would tell.
+        if known is not None and now - known.read_at < _REREAD_SECONDS:
+            return known
+        if session.status == TransactionStatus.INTRANS and known is not None:
+            return known
+        table = look_up(session, self._table, self._columns)
+        if known is not None and known.form.target.table == table:
+            known.read_at = now
+            return known
+        encoding, version = session.connection.info.encoding, session.facts.version
+        plan = plan_for(table, self._columns, version, encoding, bool(self._on_conflict), self._has_ledger)
+        target = Target(table, self._columns, self._returning, self._on_conflict)
+        planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), now)
+        self._tell(planned.plan)
+        return planned
 
     def _pinned(self, plan: Plan, session: Session) -> Plan:
         wanted = self._strategy
