@@ -176,7 +176,8 @@ class EmbeddedPostgres:
         spec = _Spec(
             binaries=str(binaries.directory),
             from_wheel=binaries.from_wheel,
-            base=tempfile.gettempdir(),
+            # Not `gettempdir()`, which tries the directory out: an interrupt in there would leave a file.
+            base=tempfile.tempdir,
             port=self._wanted_port,
             settings=self._settings,
             password=self._password,
@@ -306,7 +307,7 @@ def _system_directories() -> Iterator[Path]:
 class _Spec:
     binaries: str
     from_wheel: bool
-    base: str
+    base: str | None
     port: int
     settings: dict[str, str]
     password: str = field(repr=False)
@@ -328,7 +329,6 @@ def _spawn_guard(channel: socket.socket) -> subprocess.Popen[bytes]:
         stdin=channel.fileno(),
         stdout=channel.fileno(),
         stderr=channel.fileno(),
-        cwd="/",
         # Out of the terminal's reach: Ctrl-C is for the owner, which may still want its database.
         start_new_session=True,
     )
@@ -401,7 +401,9 @@ def _run_guard(owner_pid: int) -> None:
     owner = _Owner(owner_pid)
     try:
         spec = _Spec(**json.loads(owner.next_order()))
-        with _private_directory(Path(spec.base)) as (path, lock), _Server(spec, path, lock, owner) as server:
+        base = Path(spec.base or tempfile.gettempdir()).absolute()
+        os.chdir("/")
+        with _private_directory(base) as (path, lock), _Server(spec, path, lock, owner) as server:
             server.create()
             order = "start"
             while not order.startswith("stop"):

@@ -94,6 +94,10 @@ def is_empty(directory: Path) -> bool:
     return not list(directory.iterdir())
 
 
+def everything(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
 def answer(server: EmbeddedPostgres, query: str) -> object:
     with psycopg.connect(server.dsn) as connection:
         row = connection.execute(query).fetchone()
@@ -503,7 +507,21 @@ def test_an_interrupt_at_any_moment_of_a_start_leaves_nothing(scratch: Path, mom
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
 
-        assert eventually(lambda: is_empty(scratch))
+        assert eventually(lambda: is_empty(scratch)), everything(scratch)
+
+
+def test_the_owner_tries_no_directory_for_temporary_files_out(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The standard library writes a file for that, and an interrupt in the middle leaves it there.
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("tried out"))
+    # Relative: the guard has to find the same directory.
+    monkeypatch.chdir(scratch)
+    monkeypatch.setenv("TMPDIR", ".")
+
+    with EmbeddedPostgres(**FAST) as server:
+        assert server.directory.parent.samefile(scratch)
+
+    assert is_empty(scratch)
 
 
 def test_without_a_pidfd_the_parents_pid_is_watched(scratch: Path) -> None:
