@@ -533,6 +533,86 @@ BREAKS = (
         (("        counters.failed += status is FAILED\n", "        counters.failed += status is not COMPLETED\n"),),
         ("test_model.py::TestInlineModel",),
     ),
+    Break(
+        "keys drawn without a flush",
+        "P4",
+        "processors/postgres/keys.py",
+        (
+            (" pg_logical_emit_message(true, 'microbatch', ''))", " 1)"),
+            ("set_config('synchronous_commit', 'on', true),", "1,"),
+        ),
+        ("test_postgres_bulk.py::test_P4_keys_survive_a_crash_that_strangers_profit_from",),
+    ),
+    Break(
+        "an undecided batch is written anew",
+        "P4",
+        "processors/postgres/settling.py",
+        (("return self._pending.get(batch.id)", "return None"),),
+        ("test_postgres_bulk.py::test_P4_a_committed_batch_whose_answer_is_lost_is_found_by_its_keys",),
+    ),
+    Break(
+        "a retry commits what is missing",
+        "P4",
+        "processors/postgres/keyed.py",
+        (("if len(results) == len(self._positions):", "if results:"),),
+        ("test_postgres_bulk.py::test_P4_rows_deleted_in_between_do_not_come_back",),
+    ),
+    Break(
+        "found keys are ours, whatever the rows hold",
+        "P4",
+        "processors/postgres/keyed.py",
+        (("if len(found) < needed or self._count_own() < needed:", "if False:"),),
+        ("test_postgres_keys.py::test_P4_a_stranger_who_takes_a_key_by_hand_is_never_taken_for_us",),
+    ),
+    Break(
+        "rows matched by their order",
+        "P2",
+        "processors/postgres/tables.py",
+        (
+            (
+                "return {owners[key]: row for key, row in zip(keys, rows, strict=True)}",
+                "return dict(zip(positions, rows[::-1], strict=False))",
+            ),
+        ),
+        ("test_postgres_bulk.py::test_P2_every_table_shape_takes_its_way_and_each_job_gets_its_own_row[serial]",),
+    ),
+    Break(
+        "pg_xact_status believed after a crash",
+        "P4",
+        "processors/postgres/guard.py",
+        (("if marker != token.marker:", "if False:"),),
+        ("test_postgres_guard.py::test_P4_a_server_that_restarts_around_commit[before its answer-xid-immediate]",),
+        seconds=60,
+    ),
+    Break(
+        "a duplicate blamed on whoever is tried last",
+        "P3",
+        "processors/postgres/transaction.py",
+        (("if isolated.order_mattered() and not self._way.in_order:", "if False:"),),
+        ("test_postgres_bulk.py::test_P3_the_earlier_of_two_jobs_wins",),
+    ),
+    Break(
+        "jobs that depend on each other change places",
+        "P3",
+        "processors/postgres/statement.py",
+        (("in_order = True", "in_order = False"),),
+        ("test_postgres.py::test_P3_jobs_that_depend_on_each_other_keep_their_order_in_isolation",),
+    ),
+    Break(
+        "deferred constraints are left to COMMIT",
+        "P3",
+        "processors/postgres/transaction.py",
+        (('_IMMEDIATE = b"SET CONSTRAINTS ALL IMMEDIATE"', '_IMMEDIATE = b"SELECT 1"'),),
+        ("test_postgres_isolation.py::test_P3_exclusion_and_deferred_constraints",),
+    ),
+    Break(
+        "a flight waits for its answer for ever",
+        "P5",
+        "processors/postgres/flight.py",
+        (("        self._give_up = give_up\n", "        self._give_up = None\n"),),
+        ("test_postgres_keys.py::test_P4_a_link_that_breaks_loses_and_doubles_nothing[answer swallowed]",),
+        seconds=40,
+    ),
 )
 
 
