@@ -46,11 +46,12 @@ class BorrowedConnections:
                     with self._alone(_checked(connection)):
                         _check_usable(connection)
                         is_ours = connection.info.transaction_status == TransactionStatus.IDLE
-                        session = self._session(connection, before(batch.deadline))
+                        session = None
                         try:
+                            session = self._session(connection, before(batch.deadline))
                             yield session
                         finally:
-                            _end(session)
+                            _end(connection, session is not None and session.is_open)
                 except BaseException as error:
                     verdict = error
                     raise
@@ -151,9 +152,9 @@ def _check_usable(connection: psycopg.Connection[Any]) -> None:
         raise psycopg.errors.InFailedSqlTransaction("the connection is lent inside a transaction that has failed")
 
 
-def _end(session: Session) -> None:
-    """Close a connection on which something of ours is open: its owner would commit it, or read our answers."""
-    connection, info = session.connection, session.connection.info
+def _end(connection: psycopg.Connection[Any], is_open: bool) -> None:
+    """Close a connection on which something of ours *is open*: its owner would commit it, or read our answers."""
+    info = connection.info
     half_a_flight = info.pipeline_status != PipelineStatus.OFF
-    if not connection.closed and (half_a_flight or (session.is_open and session.status != TransactionStatus.IDLE)):
+    if not connection.closed and (half_a_flight or (is_open and info.transaction_status != TransactionStatus.IDLE)):
         connection.close()

@@ -105,6 +105,8 @@ class Portable(Frame):
         except BaseException as error:
             pending, self.pending = self.pending, None
             is_refused = is_refusal(error) and self._session.status == TransactionStatus.IDLE
+            if not isinstance(error, Exception):
+                self._connection.close()  # psycopg's own count of open transactions may be wrong now
             if pending is None or self._inside or is_refused:
                 raise
             raise unknown(self._batch.id, pending.guard, pending.token, error) from error
