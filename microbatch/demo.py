@@ -48,6 +48,7 @@ _CREATE = """
         status varchar(50) NOT NULL,
         transaction_date timestamptz NOT NULL DEFAULT now()
     )"""
+_COLUMNS = ("user_id", "amount", "status")
 _INSERT = """
     INSERT INTO {} (user_id, amount, status)
     VALUES (%(user_id)s, %(amount)s, %(status)s) RETURNING *"""
@@ -123,6 +124,7 @@ class _Comparison:
     ) -> None:
         self._conninfo = conninfo
         self._payments = payments
+        self._table = payments.as_string(None)
         self._insert = sql.SQL(_INSERT).format(payments)
         self._threads = threads
         self._seconds = seconds / TURNS
@@ -170,7 +172,7 @@ class _Comparison:
 
     @contextmanager
     def _batched(self) -> Iterator[Side]:
-        processor = PostgresProcessor(self._conninfo, self._insert)
+        processor = PostgresProcessor.insert_into(self._conninfo, self._table, _COLUMNS)
         with MicroBatcher[Payment, Payment](processor, name="microbatch-demo") as batcher:
             yield Side("microbatch", batcher.execute, lambda: batcher.stats().batches)
 
@@ -231,7 +233,7 @@ class _Comparison:
                 "direct",
                 f"BEGIN, INSERT, COMMIT per row; pool of {pool_size} connections, the best of {sizes}",
             ),
-            ("microbatch", "the same INSERT, a transaction per batch; one connection, default options"),
+            ("microbatch", "insert_into, one INSERT per batch; one connection, default options"),
             (
                 "figures",
                 f"medians of {TURNS} turns of {self._seconds:g} s, the two sides one after the other",
