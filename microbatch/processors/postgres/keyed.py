@@ -165,7 +165,7 @@ class KeyedAttempt(Attempt):
         statement, lock, _ = limits
         flight.run(
             b"SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true)",
-            [b"%d" % max(1, statement * 2 // 5), b"%d" % lock],
+            [b"%d" % max(1, statement * 2 // 3), b"%d" % lock],
         )
         return 1
 

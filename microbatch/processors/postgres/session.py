@@ -15,6 +15,8 @@ from .flight import Flight, Prepared, is_error
 LEDGER = "microbatch_ledger"
 
 _LEAST, _MARGIN = 0.05, 0.25  # seconds
+# Of the time until then: for a flight, for one that commits, for a statement.
+_SHARE, _COMMIT_SHARE, _STATEMENT_SHARE = 0.75, 0.5, 0.6
 
 # The life of a history of transactions: a crash changes the third part, a failover the second.
 MARKER = """
@@ -76,12 +78,13 @@ class Session:
     def flight(self, *, keep: bool = True, commits: bool = False) -> Flight:
         """A new flight; without *keep* it uses what is prepared and adds nothing.
 
-        One that *commits* gives up half-way to the deadline, so that there is time left to find out.
+        A silent link is given up before the deadline, so that there is time left to try again, and earlier by a flight
+        that *commits*, so that there is time to find out.
         """
         give_up = self.give_up
-        if commits and give_up is not None:
+        if give_up is not None:
             now = time.monotonic()
-            give_up = now + (give_up - now) / 2
+            give_up = now + (give_up - now) * (_COMMIT_SHARE if commits else _SHARE)
         return Flight(self.connection, self.prepared, give_up, keep=keep)
 
     def ask(self, command: bytes, *parameters: str | None) -> PGresult:
@@ -134,8 +137,10 @@ class Session:
         return info.transaction_status == TransactionStatus.IDLE and info.pipeline_status == PipelineStatus.OFF
 
     def milliseconds_left(self) -> int | None:
-        """Until *give_up*, at least one; None without."""
-        return None if self.give_up is None else max(1, int((self.give_up - time.monotonic()) * 1000))
+        """For a statement, at least one; None without a limit. The server gives up before the flight does."""
+        if self.give_up is None:
+            return None
+        return max(1, int((self.give_up - time.monotonic()) * 1000 * _STATEMENT_SHARE))
 
 
 def before(deadline: float | None) -> float | None:
