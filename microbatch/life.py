@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from queue import Empty, SimpleQueue
@@ -25,6 +26,8 @@ _GRACE = 0.5
 # A thread that is just being started is looked at again so much later, so often.
 _STARTING = 0.01
 _LOOKS = 100
+# So often a hook takes no notice of a signal handler that exits.
+_EXITS = 100
 
 
 def start_threads(core: Core) -> None:
@@ -85,7 +88,10 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
             token.get(timeout=None if left == NEVER else min(left, threading.TIMEOUT_MAX))
     except Empty:
         pass
-    return core.finished
+    # Under the lock: whoever has completed the shutdown is out of there. The interpreter may stop that thread any
+    # moment now, and a finaliser would wait for the lock for ever.
+    with core.lock:
+        return core.finished
 
 
 def finish_without_threads(core: Core) -> bool:
@@ -102,11 +108,27 @@ _had_jobs: weakref.WeakSet[Core] = weakref.WeakSet()
 
 def _flush_before_threads_end() -> None:
     """The early hook: other threads may still submit, so it only flushes."""
+    _whoever_exits(_flush)
+    if in_multiprocessing_child():
+        _close_after_other_threads()
+
+
+def _whoever_exits(step: Callable[[], None]) -> None:
+    """Take *step* to its end, or begin it again: a signal handler's SystemExit asks for nothing but the end of a
+    process that is ending already. A KeyboardInterrupt passes, for it is the user's impatience.
+    """
+    for _ in range(_EXITS):
+        try:
+            step()
+            return
+        except SystemExit:
+            pass
+
+
+def _flush() -> None:
     waiting = [(core, core.flush_open_batch()) for core in _cores_at_end() if core.outstanding]
     for core, futures in waiting:
         wait_for_all(futures, _time_left(core))
-    if in_multiprocessing_child():
-        _close_after_other_threads()
 
 
 def _close_after_other_threads() -> None:
@@ -153,6 +175,10 @@ def _other_threads() -> list[threading.Thread]:
 
 def _close_at_exit() -> None:
     """The late hook: nothing submits any more."""
+    _whoever_exits(_close)
+
+
+def _close() -> None:
     open_cores = [core for core in _cores_at_end() if not core.finished]
     for core in open_cores:
         core.close(core.clock() + _time_left(core))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from programs import Program, Told, run
 
-from microbatch import life
+from microbatch import MicroBatcher, life
 
 # What the interpreter itself may take to start and to end on a busy machine.
 GRACE = 4.0
@@ -288,6 +288,41 @@ def test_P6_a_second_interrupt_ends_an_end_that_takes_too_long(tmp_path: Path) -
         told = program.end(30)
 
     assert told.said("processed") == []
+
+
+def test_P6_a_handler_that_exits_does_not_cut_an_end_short(tmp_path: Path) -> None:
+    told = run(
+        """
+        from microbatch import life
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+
+        def interrupt(name):
+            wait, left = getattr(life, name), [1, 2, 3]
+
+            def interrupted(*arguments):
+                if left:
+                    note("interrupted", name, left.pop())
+                    signal.raise_signal(signal.SIGTERM)
+                return wait(*arguments)
+
+            setattr(life, name, interrupted)
+
+        interrupt("wait_for_all")
+        interrupt("wait_for_finish")
+        batcher = MicroBatcher(Writer(0.05), max_batch_size=3)
+        submit(batcher, range(20))
+        atexit.register(lambda: submit(batcher, range(20, 40)))
+        atexit.register(note, "flushed")
+        """,
+        tmp_path,
+    )
+
+    told.assert_quiet()
+    told.assert_drained(40)
+    assert len(told.said("interrupted")) == 6
+    words = [line[0] for line in told.lines]
+    assert words[: words.index("flushed")].count("processed") == 20, told
 
 
 # Who still submits while the process ends.
@@ -857,3 +892,33 @@ def test_P6_a_thread_that_never_got_started_is_not_waited_for(monkeypatch: pytes
     monkeypatch.setattr(life, "_close_at_exit", lambda: closed.append("closed"))
     life._join_and_close()
     assert closed == ["closed"]
+
+
+def test_P6_whoever_completed_a_shutdown_has_let_go_of_the_lock() -> None:
+    """A thread that the interpreter stops at its end must not hold it: a finaliser may come and ask."""
+
+    class SlowToken:
+        def put(self, _: None) -> None:
+            time.sleep(0.3)
+
+    gate = threading.Event()
+    batcher = MicroBatcher(lambda jobs: gate.wait(30) and None)
+    batcher.submit("job")
+    free = []
+
+    def shut_down() -> None:
+        batcher._core.close()
+        life.wait_for_finish(batcher._core, 30)
+        free.append(batcher._core.lock.acquire(blocking=False))
+        if free[0]:
+            batcher._core.lock.release()
+
+    thread = threading.Thread(target=shut_down)
+    thread.start()
+    while not batcher._core.closers:
+        time.sleep(0.001)
+    batcher._core.closers.append(SlowToken())  # type: ignore[arg-type]
+    gate.set()
+    thread.join(30)
+
+    assert free == [True]
