@@ -42,6 +42,7 @@ default_pool_size = 2
 min_pool_size = 2
 max_client_conn = 100
 server_round_robin = 1
+server_login_retry = 1
 """
 
 
