@@ -516,3 +516,26 @@ def losing(monkeypatch: pytest.MonkeyPatch, what: str) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(session.Session, "flight", choosing)
         yield
+
+
+def test_P4_the_ledger_is_the_one_of_the_first_attempt(database: str) -> None:
+    """Whatever schema the next connection looks into first: an empty ledger there would say "nothing"."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA tenant")
+        connection.execute(DDL.replace("microbatch_ledger", "tenant.microbatch_ledger"))
+        with Proxy(database, MOMENTS["before its answer"]()) as proxy:
+            paths = iter(["public", "tenant,public", "tenant,public"])
+
+            def source() -> psycopg.Connection[Any]:
+                return psycopg.connect(proxy.conninfo, autocommit=True, options=f"-csearch_path={next(paths)}")
+
+            processor = PostgresProcessor(source, INSERT)
+            batch = Batch([{"key": key} for key in new_keys(3)], id="b1")
+            with pytest.raises(Undecided) as caught:
+                processor.process(batch)
+            assert "public.microbatch_ledger" in str(caught.value.lookup)
+            results = processor.process(batch)
+        connection.execute("DROP SCHEMA tenant CASCADE")
+
+    assert sorted(stored(database)) == sorted((row["id"], row["key"]) for row in results)
+    assert len(results) == 3

@@ -33,11 +33,13 @@ DDL = f"""CREATE TABLE IF NOT EXISTS {LEDGER} (
     at timestamptz NOT NULL DEFAULT now()
 )"""
 
+# Always with the schema that the first attempt found it in: another one's ledger would say "nothing".
 _UPSERT = (
-    f"INSERT INTO {LEDGER} AS l (lane, batch) VALUES ($1::uuid, $2::bigint) ON CONFLICT (lane)"
+    "INSERT INTO {} AS l (lane, batch) VALUES ($1::uuid, $2::bigint) ON CONFLICT (lane)"
     " DO UPDATE SET batch = excluded.batch, at = excluded.at WHERE l.batch < excluded.batch"
-).encode()
-_SWEEP = f"DELETE FROM {LEDGER} WHERE at < now() - interval '7 days'".encode()
+)
+_SWEEP = "DELETE FROM {} WHERE at < now() - interval '7 days'"
+_CLEAR = "DELETE FROM {} WHERE lane = ANY ($1::uuid[])"
 _STATUS = f"SELECT pg_is_in_recovery()::int, {MARKER}, pg_xact_status($1::xid8)".encode()
 _END_ORPHAN = (
     b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -54,6 +56,7 @@ class Token:
     xid: str = ""
     pid: str = ""
     marker: str | None = None
+    ledger: str = ""
     lane: str = ""
     number: int = 0
     is_free: bool = False
@@ -165,14 +168,14 @@ class LedgerGuard:
     def begin(self, flight: Flight, token: Token) -> int:
         if not token.lane:
             token.lane, token.number = self._next()
-        flight.run(_UPSERT, [token.lane.encode(), b"%d" % token.number])
+        flight.run(*_upsert(token))
         return 1
 
     def settle(self, session: Session, token: Token, batch_id: str) -> bool:
         flight = session.flight(keep=False)
         flight.run(b"BEGIN")
         flight.run(b"SELECT set_config('lock_timeout', $1, true)", [_LOCK_WAIT.encode()])
-        flight.run(_UPSERT, [token.lane.encode(), b"%d" % token.number])
+        flight.run(*_upsert(token))
         flight.sync()
         flight.run(b"ROLLBACK")
         flight.sync()
@@ -192,20 +195,20 @@ class LedgerGuard:
             self._mine().append((token.lane, token.number))
 
     def lookup(self, token: Token) -> str | None:
-        return f"SELECT batch >= {token.number} FROM {LEDGER} WHERE lane = '{token.lane}'"
+        return f"SELECT batch >= {token.number} FROM {token.ledger} WHERE lane = '{token.lane}'"
 
     def sweep(self, session: Session) -> None:
         """Once in a process: take out what processes that are long gone have left. A failure changes nothing."""
         if os.getpid() not in self._swept and session.status == TransactionStatus.IDLE:
             self._swept.add(os.getpid())
-            _try(session, _SWEEP)
+            _try(session, _SWEEP.format(session.facts.ledger).encode())
 
     def clear(self, session: Session) -> None:
         """Take the idle lanes of this process out of the table."""
         lanes = [lane for lane, _ in self._mine()]
         self._mine().clear()
-        if lanes:
-            _try(session, f"DELETE FROM {LEDGER} WHERE lane = ANY ($1::uuid[])".encode(), f"{{{','.join(lanes)}}}")
+        if lanes and session.facts.ledger:
+            _try(session, _CLEAR.format(session.facts.ledger).encode(), f"{{{','.join(lanes)}}}")
 
     def _next(self) -> tuple[str, int]:
         try:
@@ -216,6 +219,10 @@ class LedgerGuard:
 
     def _mine(self) -> list[tuple[str, int]]:
         return self._free.setdefault(os.getpid(), [])
+
+
+def _upsert(token: Token) -> tuple[bytes, list[bytes]]:
+    return _UPSERT.format(token.ledger).encode(), [token.lane.encode(), b"%d" % token.number]
 
 
 def end_orphan(session: Session, token: Token) -> None:
@@ -263,12 +270,12 @@ class Guards:
         """The guard for a batch on *session*. Raises `ValueError` if the ledger is pinned and not there."""
         if self._mode == "none":
             return self._none
-        if self._mode == "ledger" and not session.facts.has_ledger:
+        if self._mode == "ledger" and not session.facts.ledger:
             raise ValueError(
                 f"commit_guard='ledger', but table {LEDGER} is not on the search path of this role with SELECT, INSERT"
                 " and UPDATE: create it with `microbatch init-db --apply`, or use commit_guard='auto'"
             )
-        if self._mode != "xid" and session.facts.has_ledger:
+        if self._mode != "xid" and session.facts.ledger:
             self._ledger.sweep(session)
             return self._ledger
         return self._xid

@@ -29,10 +29,10 @@ _FACTS = f"""
         (SELECT setting FROM pg_settings WHERE name = 'statement_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
-        coalesce((SELECT has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
-                         AND has_table_privilege(c.oid, 'UPDATE')
-                  FROM pg_class c WHERE c.oid = to_regclass('{LEDGER}')), false)::int,
-        (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid())"""
+        (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()),
+        (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.oid = to_regclass('{LEDGER}') AND has_table_privilege(c.oid, 'SELECT')
+            AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE'))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Facts:
     statement_timeout: int
     lock_timeout: int
     idle_timeout: int
-    has_ledger: bool
+    ledger: str  # the ledger's name with its schema; empty where there is none for this role
     marker: str | None
     backend_start: str = ""
 
@@ -163,8 +163,7 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
     facts, *marker = flight.land()
     if is_error(facts[-1]):
         raise psycopg.errors.error_from_result(facts[-1], connection.info.encoding)
-    numbers = facts[-1].nfields - 1
-    pid, version, *limits, ledger = (int(facts[-1].get_value(0, i) or 0) for i in range(numbers))
+    pid, version, *limits = (int(facts[-1].get_value(0, i) or 0) for i in range(5))
     known = bool(marker) and not is_error(marker[0][-1])
     return Facts(
         pooled=pid != connection.info.backend_pid,
@@ -172,9 +171,9 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
         statement_timeout=limits[0],
         lock_timeout=limits[1],
         idle_timeout=limits[2],
-        has_ledger=bool(ledger),
+        ledger=_text(facts[-1], 6) or "",
         marker=_text(marker[0][-1], 0) if known else None,
-        backend_start=_text(facts[-1], numbers) or "",
+        backend_start=_text(facts[-1], 5) or "",
     )
 
 

@@ -103,8 +103,10 @@ class Undecideds:
                     lookup = pending.guard.lookup(pending.token) or ""
                     tell(logging.ERROR, "batch %s stayed unknown; %s", batch_id, lookup)
                 self._pending[batch_id] = Pending([], Token(), NoGuard(), None)
-        while len(self._pending) > _REMEMBERED:
-            self._pending.pop(next(iter(self._pending)), None)
+        over = [batch_id for batch_id, pending in self._pending.items() if pending.is_settled or not pending.results]
+        # Never one that may still come back: forgotten, it would be written anew.
+        for batch_id in over[: max(0, len(self._pending) - _REMEMBERED)]:
+            self._pending.pop(batch_id, None)
 
 
 def _advice(error: CommitUnknown, pending: Pending) -> str:

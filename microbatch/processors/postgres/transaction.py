@@ -277,6 +277,7 @@ class Attempt(Frame):
         flight.run(self._session.begin_command())
         head, parameters = self._head(isolating)
         flight.run(head, parameters)
+        self._token.ledger = self._session.facts.ledger
         return 2 + self._guard.begin(flight, self._token)
 
     def _head(self, isolating: bool) -> tuple[bytes, list[bytes]]:
