@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from microbatch import DeliveryTimeout, MemoryQueue, QueueFull
 from microbatch.job import Job, JobFuture
 from microbatch.queues import Store, store_factory
-from microbatch.testing import FaultyProcessor, InlineBatcher, QueueContract
+from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock, QueueContract
 
 
 class Ring:
@@ -285,7 +285,7 @@ def test_a_queue_that_holds_something_is_refused() -> None:
     full: queue.Queue[int] = queue.Queue()
     full.put(1)
     with pytest.raises(ValueError, match="holds 1 items already; pass an empty one"):
-        InlineBatcher(FaultyProcessor(), queue=full)
+        InlineBatcher(FaultyProcessor(), queue=full, clock=ManualClock())
 
 
 # A foreign queue can break no promise.
@@ -293,7 +293,7 @@ def test_a_queue_that_holds_something_is_refused() -> None:
 
 def test_P1_submit_many_into_a_bounded_queue_accepts_all_or_none() -> None:
     processor = FaultyProcessor[int, int]()
-    batcher = InlineBatcher(processor, queue=queue.Queue(maxsize=2))
+    batcher = InlineBatcher(processor, queue=queue.Queue(maxsize=2), clock=ManualClock())
     with pytest.raises(QueueFull, match="3 more jobs"):
         batcher.submit_many([1, 2, 3])
     assert batcher.submit(4).result() == 4
@@ -303,7 +303,7 @@ def test_P1_submit_many_into_a_bounded_queue_accepts_all_or_none() -> None:
 
 
 def test_a_full_queue_is_named_as_what_is_full() -> None:
-    batcher = InlineBatcher(FaultyProcessor(), queue=queue.Queue(maxsize=1))
+    batcher = InlineBatcher(FaultyProcessor(), queue=queue.Queue(maxsize=1), clock=ManualClock())
     with batcher.hold():
         batcher.submit(1)
         with pytest.raises(QueueFull, match="the queue has a bound of its own"):
@@ -321,7 +321,7 @@ class Narrow(Ring):
 
 def test_P1_a_foreign_queue_that_fills_up_in_the_middle_takes_none_and_doubles_none() -> None:
     processor = FaultyProcessor[int, int]()
-    batcher = InlineBatcher(processor, queue=Narrow)
+    batcher = InlineBatcher(processor, queue=Narrow, clock=ManualClock())
     with batcher.hold():
         with pytest.raises(QueueFull):
             batcher.submit_many([1, 2, 3])
@@ -341,7 +341,7 @@ class Echo(Ring):
 
 def test_P4_a_queue_that_gives_too_much_and_twice_doubles_no_job_and_overfills_no_batch() -> None:
     processor = FaultyProcessor[int, int]()
-    batcher = InlineBatcher(processor, queue=Echo, max_batch_size=2)
+    batcher = InlineBatcher(processor, queue=Echo, max_batch_size=2, clock=ManualClock())
     assert [future.result() for future in batcher.submit_many(range(5))] == list(range(5))
     assert processor.batches == [(0, 1), (2, 3), (4,)]
 
@@ -367,7 +367,7 @@ class Endless(Sticky):
 @pytest.mark.timeout(20)
 def test_P5_a_queue_that_never_gets_empty_does_not_keep_the_lock(kind: Callable[[], Any]) -> None:
     processor = FaultyProcessor[int, int]()
-    batcher = InlineBatcher(processor, queue=kind, max_batch_size=2, delivery_timeout=3.0)
+    batcher = InlineBatcher(processor, queue=kind, max_batch_size=2, delivery_timeout=3.0, clock=ManualClock())
     assert [future.result() for future in batcher.submit_many([1, 2])] == [1, 2]
     late = batcher.submit(3)
     assert isinstance(late.exception(), DeliveryTimeout), "it hides behind those that come again and again"
@@ -385,7 +385,7 @@ class Thief(Ring):
 
 
 def test_P5_a_job_that_the_queue_lost_ends_at_its_deadline() -> None:
-    batcher = InlineBatcher(FaultyProcessor[int, int](), queue=Thief)
+    batcher = InlineBatcher(FaultyProcessor[int, int](), queue=Thief, clock=ManualClock())
     lost, kept = batcher.submit_many([0, 1])
     assert kept.result() == 1
     assert isinstance(lost.exception(), DeliveryTimeout)
@@ -403,7 +403,7 @@ class Junk(Ring):
 
 @pytest.mark.parametrize("kind", [Broken, Junk])
 def test_P5_a_queue_that_is_broken_holds_its_jobs_up_to_their_deadlines_and_no_longer(kind: Callable[[], Any]) -> None:
-    batcher = InlineBatcher(FaultyProcessor[int, int](), queue=kind, delivery_timeout=3.0)
+    batcher = InlineBatcher(FaultyProcessor[int, int](), queue=kind, delivery_timeout=3.0, clock=ManualClock())
     future = batcher.submit(1)
     assert isinstance(future.exception(), DeliveryTimeout)
     assert batcher.clock.now == 1003.0
@@ -412,7 +412,7 @@ def test_P5_a_queue_that_is_broken_holds_its_jobs_up_to_their_deadlines_and_no_l
 
 def test_P1_what_a_full_queue_cannot_take_back_after_an_interruption_is_kept() -> None:
     processor = FaultyProcessor[int, int]()
-    batcher = InlineBatcher(processor, queue=queue.Queue(maxsize=2), linger=1.0)
+    batcher = InlineBatcher(processor, queue=queue.Queue(maxsize=2), linger=1.0, clock=ManualClock())
     core = batcher._core
     with batcher.hold():
         futures = batcher.submit_many([1, 2])

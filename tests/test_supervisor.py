@@ -21,7 +21,7 @@ from microbatch import (
 )
 from microbatch.collector import NEVER
 from microbatch.core import Core
-from microbatch.testing import FaultyProcessor, InlineBatcher
+from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
 
 
 class Steady(RetryPolicy):
@@ -40,14 +40,14 @@ def check(batcher: InlineBatcher[Any, Any]) -> bool:
 
 
 def test_with_nothing_outstanding_it_sleeps_without_end() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     batcher.submit(1)
     assert check(batcher)
     assert core_of(batcher).next_check == NEVER
 
 
 def test_it_sleeps_to_the_nearest_deadline() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     with batcher.hold():
         batcher.submit(1, delivery_timeout=30)
         batcher.submit(2, delivery_timeout=10)
@@ -57,7 +57,7 @@ def test_it_sleeps_to_the_nearest_deadline() -> None:
 
 
 def test_only_an_earlier_deadline_wakes_it() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     core = core_of(batcher)
     with batcher.hold():
         rings = []
@@ -68,7 +68,7 @@ def test_only_an_earlier_deadline_wakes_it() -> None:
 
 
 def test_a_job_without_a_deadline_never_wakes_it() -> None:
-    batcher = InlineBatcher(FaultyProcessor(), delivery_timeout=None, retry=None)
+    batcher = InlineBatcher(FaultyProcessor(), delivery_timeout=None, retry=None, clock=ManualClock())
     with batcher.hold():
         batcher.submit(1)
         assert core_of(batcher).alarm.qsize() == 0
@@ -76,7 +76,7 @@ def test_a_job_without_a_deadline_never_wakes_it() -> None:
 
 def test_P5_a_job_that_was_never_handed_over_fails_at_its_deadline() -> None:
     processor = FaultyProcessor[str, str]()
-    batcher = InlineBatcher(processor)
+    batcher = InlineBatcher(processor, clock=ManualClock())
     with batcher.hold():
         short, long = batcher.submit("short", delivery_timeout=5), batcher.submit("long")
         batcher.clock.advance(4.999)
@@ -94,7 +94,7 @@ def test_P5_a_job_that_was_never_handed_over_fails_at_its_deadline() -> None:
 def test_P5_a_job_that_waits_for_a_retry_fails_at_its_deadline_with_its_last_error_as_the_cause() -> None:
     lost = OSError("lost")
     retry = Steady(backoff=9.0, backoff_max=9.0, retry_on=OSError)
-    batcher = InlineBatcher(FaultyProcessor([lost, lost]), retry=retry, delivery_timeout=15.0)
+    batcher = InlineBatcher(FaultyProcessor([lost, lost]), retry=retry, delivery_timeout=15.0, clock=ManualClock())
     error = batcher.submit(1).exception()
     assert type(error) is DeliveryTimeout
     assert error.__cause__ is lost
@@ -106,7 +106,7 @@ def test_P5_an_undecided_batch_that_waits_is_unknown_at_its_deadline() -> None:
     lost = OutcomeUnknown("lost at commit")
     retry = Steady(backoff=30.0, backoff_max=30.0)
     processor = FaultyProcessor[int, int]([lost], retryable=(OutcomeUnknown,))
-    batcher = InlineBatcher(processor, retry=retry)
+    batcher = InlineBatcher(processor, retry=retry, clock=ManualClock())
     error = batcher.submit(1).exception()
     assert type(error) is OutcomeUnknown
     assert (error.batch_id, error.__cause__) == (processor.calls[0].id, lost)
@@ -138,7 +138,7 @@ class Stuck:
 
 def stuck(seconds: float, error: Exception | None = None, **options: Any) -> tuple[Stuck, InlineBatcher[Any, Any]]:
     processor = Stuck(seconds, error)
-    processor.batcher = InlineBatcher(processor, **options)
+    processor.batcher = InlineBatcher(processor, **options, clock=ManualClock())
     return processor, processor.batcher
 
 
@@ -177,7 +177,7 @@ def test_a_processor_is_told_once_that_nobody_waits_any_more(caplog: pytest.LogC
 
 
 def test_P6_past_its_timeout_a_shutdown_ends_what_is_left_and_keeps_the_jobs() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     core = core_of(batcher)
     with batcher.hold():
         queued = batcher.submit("queued")
@@ -203,7 +203,7 @@ def test_P6_a_running_job_is_unknown_past_the_timeout_of_the_shutdown() -> None:
 
 
 def test_the_dead_are_swept_when_they_outnumber_the_living() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     core = core_of(batcher)
     with batcher.hold():
         futures = batcher.submit_many(range(300))
@@ -223,7 +223,7 @@ def test_the_dead_are_swept_when_they_outnumber_the_living() -> None:
 def test_P5_a_look_at_many_jobs_takes_only_a_share_of_the_time_and_delays_no_deadline_for_long(
     look: float, pause: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     spent = itertools.count(0.0, look)
     monkeypatch.setattr("microbatch.supervisor.thread_time", spent.__next__)
     with batcher.hold():
@@ -234,7 +234,7 @@ def test_P5_a_look_at_many_jobs_takes_only_a_share_of_the_time_and_delays_no_dea
 
 def test_P1_what_a_dead_worker_held_is_unknown_what_it_only_took_is_queued_again_and_another_takes_its_place() -> None:
     processor = FaultyProcessor[str, str]()
-    batcher = InlineBatcher(processor, max_batch_size=2)
+    batcher = InlineBatcher(processor, max_batch_size=2, clock=ManualClock())
     core = core_of(batcher)
     batcher.submit("first")
     with batcher.hold():
@@ -254,7 +254,7 @@ def test_P1_what_a_dead_worker_held_is_unknown_what_it_only_took_is_queued_again
 
 def test_P1_what_a_dead_worker_had_not_handed_over_is_done_by_the_next_one() -> None:
     processor = FaultyProcessor[str, str]()
-    batcher = InlineBatcher(processor)
+    batcher = InlineBatcher(processor, clock=ManualClock())
     core = core_of(batcher)
     with batcher.hold():
         future = batcher.submit("a")
@@ -270,7 +270,7 @@ def test_P1_what_a_dead_worker_had_not_handed_over_is_done_by_the_next_one() -> 
 
 def test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_same_batch() -> None:
     processor = FaultyProcessor[str, str]([OutcomeUnknown("lost")], retryable=(OutcomeUnknown,))
-    batcher = InlineBatcher(processor, retry=Steady(backoff=1.0))
+    batcher = InlineBatcher(processor, retry=Steady(backoff=1.0), clock=ManualClock())
     core = core_of(batcher)
     with batcher.hold():
         futures = batcher.submit_many("ab")
@@ -290,7 +290,7 @@ def test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_sa
 
 def test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies() -> None:
     told: list[Any] = []
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     batcher.on(JobFailed, lambda event: told.append((event.job, type(event.error))))
     batcher.submit("first")
     with batcher.hold():
@@ -308,7 +308,7 @@ def test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies
 
 def test_P6_the_last_event_is_told_once_and_after_everything_else() -> None:
     told: list[Any] = []
-    batcher = InlineBatcher(FaultyProcessor([OSError()]), retry=None)
+    batcher = InlineBatcher(FaultyProcessor([OSError()]), retry=None, clock=ManualClock())
     batcher.on(JobFailed, told.append)
     batcher.on(BatcherShutDown, told.append)
     with batcher.hold():
@@ -324,7 +324,7 @@ def test_P6_the_last_event_is_told_once_and_after_everything_else() -> None:
 
 
 def test_a_future_that_somebody_is_entering_wait_with_is_tried_again_soon() -> None:
-    batcher = InlineBatcher(FaultyProcessor())
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     core = core_of(batcher)
     entered, leave = threading.Event(), threading.Event()
 
