@@ -349,6 +349,32 @@ def test_a_table_that_changes_is_looked_at_again(make: Make, control: psycopg.Co
     assert control.execute("SELECT count(*) FROM item").fetchone() == (6,)
 
 
+@pytest.mark.parametrize("strategy", ["keys", "merge", "statement"])
+def test_P2_columns_that_change_on_a_borrowed_connection_are_read_as_they_are(
+    database: str, make: Make, control: psycopg.Connection[Any], strategy: Any
+) -> None:
+    """Nothing is prepared there, so no error tells of the change."""
+    if strategy == "merge" and version(control) < 170000:
+        pytest.skip("MERGE … RETURNING needs PostgreSQL 17")
+    control.execute(PLAIN.encode())
+    with psycopg.connect(database, autocommit=True) as lent:
+        processor = make(conninfo=lambda: contextlib.nullcontext(lent), strategy=strategy)
+        for number, (change, name, value) in enumerate(
+            [
+                ("SELECT 1", "label", "x"),
+                ("ALTER TABLE item ADD more int DEFAULT 7", "more", 7),
+                ("ALTER TABLE item RENAME more TO less", "less", 7),
+                ("ALTER TABLE item ALTER less TYPE text, ALTER less SET DEFAULT 'seven'", "less", "seven"),
+                ("ALTER TABLE item DROP less", "label", "x"),
+            ]
+        ):
+            control.execute(change.encode())
+            rows = processor.process(a_batch([(1, "x"), (2, "x")], f"b{number}"))
+            assert [row["n"] for row in rows] == [1, 2]
+            assert [row[name] for row in rows] == [value, value]
+            assert len(rows[0]) == (3 if name == "label" else 4)
+
+
 # Values
 
 NOW = dt.datetime(2026, 3, 29, 2, 30, 0, 123456, tzinfo=dt.timezone.utc)

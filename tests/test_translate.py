@@ -88,7 +88,7 @@ def test_a_value_goes_and_comes_as_through_a_cursor(connection: psycopg.Connecti
     with connection.cursor(row_factory=dict_row) as cursor:
         expected = cursor.execute(statement, {"value": value}).fetchall()
 
-    assert Reader(connection).rows(result, None) == expected
+    assert Reader(connection).rows(result) == expected
 
 
 def test_jobs_of_different_types_keep_their_own(connection: psycopg.Connection[Any]) -> None:

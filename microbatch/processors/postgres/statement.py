@@ -35,10 +35,15 @@ class StatementWay:
         return positions[command]
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
-        return {i: self._result(i, answer) for i, answer in zip(positions, answers, strict=True)}
+        results: dict[int, Any] = {}
+        types: tuple[int, ...] | None = None
+        for i, answer in zip(positions, answers, strict=True):
+            results[i] = self._result(answer, self._bound[i].types == types)
+            types = self._bound[i].types
+        return results
 
-    def _result(self, i: int, answer: PGresult) -> Any:
+    def _result(self, answer: PGresult, as_before: bool) -> Any:
         try:
-            return as_result(self._reader.rows(answer, self._bound[i].types))
+            return as_result(self._reader.rows(answer, as_before))
         except Exception as error:
             return error

@@ -38,6 +38,7 @@ class RowWay:
 
     def __init__(self, form: Form, jobs: Sequence[Job]) -> None:
         self._form = form
+        self.reader = form.reader
         self.in_order = bool(form.target.on_conflict)
         self.refused: dict[int, Exception] = {}
         self._rows: list[Row] = []
@@ -57,11 +58,14 @@ class RowWay:
         return positions[command]
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
-        return {i: self._result(answer) for i, answer in zip(positions, answers, strict=True)}
+        return {
+            i: self._result(answer, number > 0)
+            for number, (i, answer) in enumerate(zip(positions, answers, strict=True))
+        }
 
-    def _result(self, answer: PGresult) -> Any:
+    def _result(self, answer: PGresult, as_before: bool) -> Any:
         try:
-            return as_result(self._form.reader.rows(answer, self._form.insert))
+            return as_result(self.reader.rows(answer, as_before))
         except Exception as error:
             return error
 
@@ -91,7 +95,7 @@ class MergeWay(RowWay):
             numbers = [int(answer.get_value(row, 0) or 0) - 1 for row in range(answer.ntuples)]
             if len(set(numbers)) != len(numbers):
                 raise ProcessorContractError("a row came back twice")
-            rows = self._form.reader.each(answer, self._form.merge, skipped=1)
+            rows = self.reader.each(answer, skipped=1)
             for number, row in zip(numbers, rows, strict=True):
                 results[positions[number]] = row
         return results
@@ -152,7 +156,7 @@ class KeyedWay(RowWay):
         if self._form.target.returning is None:
             return {owners[key]: None for key in keys}
         # It may be committed already, so what psycopg cannot load is handed out as text.
-        rows = self._form.reader.each(answer, self._commands, skipped=len(columns), as_text=True)
+        rows = self.reader.each(answer, skipped=len(columns), as_text=True)
         return {owners[key]: row for key, row in zip(keys, rows, strict=True)}
 
     def _whole_row(self, i: int) -> Row:

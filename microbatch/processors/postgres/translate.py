@@ -77,36 +77,45 @@ class Reader:
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._transformer = Transformer.from_context(connection)
         self._encoding = connection.info.encoding
-        self._shape: object = None
+        self._columns: list[tuple[bytes | None, int]] | None = None
         self._names: list[str] = []
         self._skipped = 0
 
-    def rows(self, answer: PGresult, shape: object) -> list[Row] | None:
-        """The rows of *answer*, None where its command returns none at all; one *shape* has the same columns.
+    def rows(self, answer: PGresult, as_before: bool = False) -> list[Row] | None:
+        """The rows of *answer*, None where its command returns none at all.
+
+        *as_before*: the answer before this one was to the same command in the same flight, and has the same columns.
 
         Raises:
             psycopg.Error: a value cannot be loaded.
         """
         if answer.status != ExecStatus.TUPLES_OK:
             return None
-        self._look_at(answer, shape, 0)
+        if as_before and self._columns is not None and len(self._columns) == answer.nfields:
+            self._transformer.set_pgresult(answer, set_loaders=False)
+        else:
+            self._look_at(answer, 0)
         return self._transformer.load_rows(0, answer.ntuples, self._row)
 
-    def each(self, answer: PGresult, shape: object, skipped: int, as_text: bool = False) -> list[Any]:
+    def each(self, answer: PGresult, skipped: int, as_text: bool = False) -> list[Any]:
         """One row or error each, without the first *skipped* columns; *as_text*: text where psycopg cannot load it."""
-        self._look_at(answer, shape, skipped)
+        self._look_at(answer, skipped)
         try:
             return list(self._transformer.load_rows(0, answer.ntuples, self._row))
         except Exception:
             return [self._one(answer, number, as_text) for number in range(answer.ntuples)]
 
-    def _look_at(self, answer: PGresult, shape: object, skipped: int) -> None:
-        is_new = shape is None or shape != self._shape
-        self._transformer.set_pgresult(answer, set_loaders=is_new)
-        if is_new:
-            self._shape = shape
-            self._skipped = skipped
-            self._names = [(answer.fname(i) or b"").decode(self._encoding) for i in range(skipped, answer.nfields)]
+    def _look_at(self, answer: PGresult, skipped: int) -> None:
+        # Compared and not assumed: a table may change between two answers to the same command.
+        columns = [(answer.fname(i), answer.ftype(i)) for i in range(answer.nfields)]
+        if columns == self._columns and skipped == self._skipped:
+            self._transformer.set_pgresult(answer, set_loaders=False)
+            return
+        self._columns = None  # until everything fits: an interruption in between leaves nothing half-known
+        self._transformer.set_pgresult(answer)
+        self._skipped = skipped
+        self._names = [(name or b"").decode(self._encoding) for name, _ in columns[skipped:]]
+        self._columns = columns
 
     def _one(self, answer: PGresult, number: int, as_text: bool) -> Any:
         try:
