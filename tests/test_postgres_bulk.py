@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -373,6 +374,21 @@ def test_P2_columns_that_change_on_a_borrowed_connection_are_read_as_they_are(
             assert [row["n"] for row in rows] == [1, 2]
             assert [row[name] for row in rows] == [value, value]
             assert len(rows[0]) == (3 if name == "label" else 4)
+
+
+def test_a_shorter_timeout_of_the_database_stays_as_it_is(
+    database: str, make: Make, control: psycopg.Connection[Any]
+) -> None:
+    control.execute(
+        "CREATE TABLE item (id serial PRIMARY KEY, n int, label text,"
+        " told text DEFAULT current_setting('statement_timeout'))"
+    )
+    control.execute(
+        sql.SQL("ALTER DATABASE {} SET statement_timeout = '3s'").format(sql.Identifier(control.info.dbname))
+    )
+    for strategy in ("keys", "statement"):
+        batch = a_batch([(1, "x"), (2, "y")], strategy, deadline=time.monotonic() + 20)
+        assert [row["told"] for row in make(strategy=strategy).process(batch)] == ["3s", "3s"]
 
 
 # Values

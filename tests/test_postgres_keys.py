@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from databases import empty
-from proxy import Harm, Message, Once, Proxy, at_nth, mentions
+from proxy import Harm, Message, Once, Proxy, at_nth, is_commit, mentions
 from test_postgres_guard import Verdict, judged, new_keys, stored
 
 from microbatch import MicroBatcher
@@ -206,6 +206,24 @@ def test_P4_a_stranger_who_takes_a_key_by_hand_is_never_taken_for_us(database: s
         processor.close()
 
     assert stored(database) == [(2, "stranger")]
+
+
+def test_P2_a_retry_that_writes_anew_hands_out_what_it_wrote(database: str) -> None:
+    """The first attempt had read its rows, with their times, and left nothing."""
+    with Proxy(database, Once(is_commit, Harm.CUT)) as proxy, psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE item ADD at timestamptz NOT NULL DEFAULT clock_timestamp()")
+        processor = keyed(proxy.conninfo)
+        batch = Batch([*({"key": key} for key in new_keys(3)), {"key": None}], id="b1")
+        with pytest.raises(Undecided):
+            processor.process(batch)  # isolated because of the last job, and cut off before COMMIT
+        assert not stored(database)
+
+        *rows, bad = processor.process(batch)
+
+        processor.close()
+        assert isinstance(bad, psycopg.errors.NotNullViolation)
+        written = connection.execute("SELECT id, key, at FROM item ORDER BY id").fetchall()
+        assert written == [tuple(row.values()) for row in rows]
 
 
 class NewKeys:

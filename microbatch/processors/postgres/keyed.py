@@ -15,7 +15,7 @@ What may happen, and what follows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -31,9 +31,11 @@ from .session import Session
 from .sqlstate import Kind, kind_of
 from .tables import KeyedWay
 from .transaction import Attempt, Pending, Refused, unknown
+from .translate import Reader
 
 _END = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1::int AND backend_start::text = $2"
 _UNIQUE = "23505"
+_COMMITTING = 2 / 3  # of a statement's time, where its flight commits as well and is given up sooner
 _THEFTS = 20  # so often new keys are drawn; then somebody inserts by hand what the sequence gives, too
 _ROUNDS = 5  # of a retry whose keys appear and disappear
 
@@ -54,24 +56,31 @@ class KeyGuard:
         return 0
 
     def settle(self, session: Session, token: Token, batch_id: str) -> bool:
-        retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self._fail)
+        # The form's own reader may be at work for another batch on the connection that it belongs to.
+        self._way.reader = Reader(session.connection)
+        retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self)
         for i, result in retry.run().items():
             # A row that was read before COMMIT is the first attempt's own; a later look may find it changed.
             if not isinstance(self._results[i], dict):
                 self._results[i] = result
         return True
 
+    def fail(self, failed: dict[int, Exception]) -> None:
+        """These are out, whatever becomes of the others: the next round is not about them."""
+        for i, error in failed.items():
+            self._results[i] = error
+            self._positions.remove(i)
+
+    def forget_rows(self) -> None:
+        """The first attempt left nothing: what it had read, such as a time, is not what the retry writes."""
+        for i in self._positions:
+            self._results[i] = None
+
     def release(self, token: Token) -> None:
         pass
 
     def lookup(self, token: Token) -> str | None:
         return None
-
-    def _fail(self, failed: dict[int, Exception]) -> None:
-        """These are out, whatever becomes of the others: the next round is not about them."""
-        for i, error in failed.items():
-            self._results[i] = error
-            self._positions.remove(i)
 
 
 class KeyedAttempt(Attempt):
@@ -157,15 +166,14 @@ class KeyedAttempt(Attempt):
         return self._way.read(positions, answers[before : before + count])
 
     def _limit(self, flight: Flight) -> int:
-        limits = self._limits(False)
+        # The server gives up before the flight does, so that an answer still to come, and not a silence, decides.
+        limits = self._limits(False, _COMMITTING)
         if limits is None:
             return 0
-        # Nothing is idle in a transaction of one flight. The server gives up before the flight does, so that an answer
-        # that is still to come, and not a silence, decides.
-        statement, lock, _ = limits
+        # Nothing is idle in a transaction of one flight.
         flight.run(
             b"SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true)",
-            [b"%d" % max(1, statement * 2 // 3), b"%d" % lock],
+            [b"%d" % limit for limit in limits[:2]],
         )
         return 1
 
@@ -233,10 +241,10 @@ class KeyedRetry(Attempt):
         batch: Batch[Any],
         positions: Sequence[int],
         token: Token,
-        fail: Callable[[dict[int, Exception]], None],
+        owner: KeyGuard,
     ) -> None:
         super().__init__(session, way, batch, NoGuard(), True)
-        self._fail = fail
+        self._owner = owner
         self._keyed = way
         self._positions = list(positions)
         self._first_token = token
@@ -318,19 +326,19 @@ class KeyedRetry(Attempt):
         if len(results) + len(failed) != len(self._positions):
             self._roll_back()  # a key has appeared meanwhile
             return None
-        self._fail(failed)
+        self._owner.fail(failed)
         if results:
             self._commit_retry(results)
         return results
 
     def _commit_retry(self, results: dict[int, Any]) -> None:
         # Its own fate is the same question again, so nothing has to be kept for it.
+        self._owner.forget_rows()
         flight = self._session.flight(commits=True)
         flight.run(b"COMMIT")
         flight.sync()
-        answer = flight.land()[0][-1]
-        if is_error(answer):
-            raise self._session.error(answer)
+        self._checked(flight.land()[0][-1])
+        self._session.is_open = False
 
     def _end_orphan(self) -> None:
         """End the server process of the first attempt: nobody listens to it any more, and it holds its keys."""

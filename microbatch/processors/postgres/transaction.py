@@ -289,10 +289,11 @@ class Attempt(Frame):
             parameters = [b"%d" % limit for limit in limits]
         return f"SELECT {', '.join(columns) or '1'}".encode(), parameters
 
-    def _limits(self, isolating: bool) -> list[int] | None:
+    def _limits(self, isolating: bool, share: float = 1.0) -> list[int] | None:
         left, facts = self._session.milliseconds_left(), self._session.facts
         if left is None:
             return None
+        left = max(1, int(left * share))
         own = (facts.statement_timeout, facts.lock_timeout, facts.idle_timeout)
         ours = (left, max(1, left // _PATIENCE[isolating]), left + _IDLE_GRACE)
         return [min(limit, given or limit) for limit, given in zip(ours, own, strict=True)]
