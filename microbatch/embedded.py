@@ -587,13 +587,16 @@ class _Server:
         return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 
     def _is_ready(self, pid: int) -> bool:
-        """Whether the server's own status file says so: that needs no client program and no connection."""
+        """Whether the server's own status file says so: that needs no client program and no connection.
+
+        A standby is ready when it answers queries.
+        """
         try:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
         # The pid is compared because the file of a crashed server says "ready" as well.
-        return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() == "ready"
+        return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() in ("ready", "standby")
 
     def _is_worth_another_try(self, log: str) -> bool:
         """Whether the drawn port was taken in the gap, or the last processes of a crash are about to end."""
