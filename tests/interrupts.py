@@ -58,6 +58,10 @@ class _Injector:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
+            # Up to 3.12 an interruption right behind a handler's `acquire()` leaves its lock taken for ever, and every
+            # thread that logs afterwards waits for it.
+            if frame.f_globals.get("__name__") == "logging":
+                return None
             # Python 3.13 takes the wish for opcodes only from a frame that is traced already.
             frame.f_trace = self
             frame.f_trace_opcodes = True
