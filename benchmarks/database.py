@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from report import machine
 
 from microbatch.embedded import EmbeddedPostgres
 
@@ -31,6 +32,21 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
         return
     with EmbeddedPostgres(**dict(setting.split("=", 1) for setting in arguments.setting)) as embedded:
         yield embedded.dsn
+
+
+@contextmanager
+def bench(title: str, create: str, drop: str, arguments: argparse.Namespace) -> Iterator[str]:
+    """A connection string where *create* was carried out and *drop* will be; says what runs, and where."""
+    with server(arguments) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
+        print(f"{title}\n\n{machine('microbatch', 'psycopg')}")
+        print(f"  server    {described(connection)}")
+        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
+        print(f"  settings  {shown}; medians, in brackets the extremes\n")
+        connection.execute(create.encode())
+        try:
+            yield dsn
+        finally:
+            connection.execute(drop.encode())
 
 
 def described(connection: psycopg.Connection[Any]) -> str:

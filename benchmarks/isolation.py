@@ -20,10 +20,10 @@ from functools import partial
 from typing import Any
 
 import psycopg
-from database import add_options, delayed, described, server
+from database import add_options, bench, delayed
 from psycopg.pq import ExecStatus
 from psycopg.rows import dict_row
-from report import absolute, interleaved, machine, ratio
+from report import absolute, interleaved, ratio
 
 from microbatch.processors.postgres import PostgresProcessor
 from microbatch.protocols import Batch
@@ -209,18 +209,10 @@ def main() -> None:
     arguments = parser.parse_args()
     random.seed(1)
 
-    with server(arguments) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
-        print(f"Isolating bad rows\n\n{machine('microbatch', 'psycopg')}")
-        print(f"  server    {described(connection)}")
-        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
-        print(f"  settings  {shown}; medians, in brackets the extremes\n")
-        connection.execute(CREATE)
-        try:
-            report_on(dsn, "", arguments)
-            with delayed(dsn, arguments.delay) as far:
-                report_on(far, f", {2 * arguments.delay:g} ms away and back", arguments)
-        finally:
-            connection.execute(f"DROP TABLE {TABLE}")
+    with bench("Isolating bad rows", CREATE, f"DROP TABLE {TABLE}", arguments) as dsn:
+        report_on(dsn, "", arguments)
+        with delayed(dsn, arguments.delay) as far:
+            report_on(far, f", {2 * arguments.delay:g} ms away and back", arguments)
 
 
 if __name__ == "__main__":

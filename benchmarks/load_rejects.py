@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import psycopg
-from database import add_options, described, server
-from report import absolute, interleaved, machine, ratio
+from database import add_options, bench
+from report import absolute, interleaved, ratio
 
 from microbatch.load import LoadOptions, load
 
@@ -100,20 +100,11 @@ def main() -> None:
     rows, size = arguments.rows, arguments.batch_size
     texts, expected = bad_rows(rows, arguments.one_in)
 
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        server(arguments) as dsn,
-        psycopg.connect(dsn, autocommit=True) as connection,
-    ):
+    with tempfile.TemporaryDirectory() as directory:
         clean, dirty = Path(directory, "clean.csv"), Path(directory, "dirty.csv")
         clean.write_text("\n".join(lines(rows, {})))
         dirty.write_text("\n".join(lines(rows, texts)))
-        print(f"Loading a file with bad rows\n\n{machine('microbatch', 'psycopg')}")
-        print(f"  server    {described(connection)}")
-        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
-        print(f"  settings  {shown}; medians, in brackets the extremes\n")
-        connection.execute(CREATE.encode())
-        try:
+        with bench("Loading a file with bad rows", CREATE, DROP, arguments) as dsn:
             seconds = interleaved(
                 {
                     "clean": partial(loaded, dsn, clean, rows, {}, size),
@@ -121,8 +112,6 @@ def main() -> None:
                 },
                 arguments.repetitions,
             )
-        finally:
-            connection.execute(DROP.encode())
     print(f"{rows} rows, {len(expected)} of them bad: {rows - len(expected)} committed, {len(expected)} rejected")
     print("\n".join(absolute(name, values, "s") for name, values in seconds.items()))
     print(ratio("with bad rows to clean", seconds["with bad rows"], seconds["clean"]))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import psycopg
-from database import add_options, described, server
+from database import add_options, bench
 from postgres_statement import (
     CREATE,
     INSERT,
@@ -32,7 +32,7 @@ from postgres_statement import (
 )
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
-from report import absolute, interleaved, machine, ratio
+from report import absolute, interleaved, ratio
 
 from microbatch import MicroBatcher
 from microbatch.processors.postgres import PostgresProcessor
@@ -173,19 +173,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="closed loop, per run")
     arguments = parser.parse_args()
 
-    with server(arguments) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
-        print(f"insert_into against other ways to write rows\n\n{machine('microbatch', 'psycopg')}")
-        print(f"  server    {described(connection)}")
-        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
-        print(f"  settings  {shown}; medians, in brackets the extremes\n")
-        connection.execute(CREATE)
-        try:
-            report_saturated(dsn, arguments)
-            report_single(dsn, arguments)
-            for threads in arguments.threads:
-                report_loops(dsn, threads, arguments, bulk)
-        finally:
-            connection.execute(f"DROP TABLE {TABLE}")
+    with bench("insert_into against other ways to write rows", CREATE, f"DROP TABLE {TABLE}", arguments) as dsn:
+        report_saturated(dsn, arguments)
+        report_single(dsn, arguments)
+        for threads in arguments.threads:
+            report_loops(dsn, threads, arguments, bulk)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 import psycopg
-from database import add_options, described, server
+from database import add_options, bench
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
-from report import absolute, interleaved, machine, percentile, ratio
+from report import absolute, interleaved, percentile, ratio
 
 from microbatch import MicroBatcher
 from microbatch.processors.postgres import PostgresProcessor
@@ -182,18 +182,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="closed loop, per run")
     arguments = parser.parse_args()
 
-    with server(arguments) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
-        print(f"INSERTs in batches against INSERTs one by one\n\n{machine('microbatch', 'psycopg')}")
-        print(f"  server    {described(connection)}")
-        shown = {name: value for name, value in vars(arguments).items() if name != "dsn"}
-        print(f"  settings  {shown}; medians, in brackets the extremes\n")
-        connection.execute(CREATE)
-        try:
-            report_saturated(dsn, arguments)
-            for threads in arguments.threads:
-                report_loops(dsn, threads, arguments)
-        finally:
-            connection.execute(f"DROP TABLE {TABLE}")
+    with bench("INSERTs in batches against INSERTs one by one", CREATE, f"DROP TABLE {TABLE}", arguments) as dsn:
+        report_saturated(dsn, arguments)
+        for threads in arguments.threads:
+            report_loops(dsn, threads, arguments)
 
 
 if __name__ == "__main__":
