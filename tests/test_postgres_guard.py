@@ -173,16 +173,22 @@ def test_P4_a_link_that_breaks_loses_and_doubles_nothing(database: str, moment: 
 
 def test_the_naive_retry_doubles_under_the_same_faults(database: str) -> None:
     """Or the faults are too weak."""
+    moments = [MOMENTS[name] for name in ("behind COMMIT", "before its answer", "inside its answer")]
+
+    assert doubled(database, Naive, moments) == 15
+
+
+def doubled(database: str, make: Callable[[str], Any], moments: list[Callable[[], Once]]) -> int:
+    """Of five jobs a moment, those that a processor without our care writes twice."""
     total = Verdict()
-    for moment in ("behind COMMIT", "before its answer", "inside its answer"):
-        with Proxy(database, MOMENTS[moment]()) as proxy, MicroBatcher(Naive(proxy.conninfo)) as batcher:
+    for moment in moments:
+        with Proxy(database, moment()) as proxy, MicroBatcher(make(proxy.conninfo)) as batcher:
             keys = new_keys(5)
             futures = dict(zip(keys, batcher.submit_many([{"key": key} for key in keys]), strict=True))
             total += judged(database, futures)
             with psycopg.connect(database, autocommit=True) as connection:
                 connection.execute("TRUNCATE item")
-
-    assert total.doubled == 15
+    return total.doubled
 
 
 @pytest.mark.parametrize("guard", ["ledger", "xid"])
@@ -496,7 +502,6 @@ def test_P4_an_interruption_at_any_point_tells_no_lie(
     processor.close()
     while connections:
         connections.pop().close()
-    del processor, told
     gc.collect()  # here, where its warnings are expected
 
     assert points > 3

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from databases import empty
 from proxy import Harm, Message, Once, Proxy, at_nth, is_commit, mentions
-from test_postgres_guard import Verdict, judged, new_keys, stored
+from test_postgres_guard import Verdict, doubled, judged, new_keys, stored
 
 from microbatch import MicroBatcher
 from microbatch.embedded import EmbeddedPostgres
@@ -243,16 +243,9 @@ class NewKeys:
 
 def test_a_retry_with_new_keys_doubles_under_the_same_faults(database: str) -> None:
     """Or the faults are too weak."""
-    total = Verdict()
-    for moment in ("behind its sync", "before its answer", "before the end"):
-        with Proxy(database, MOMENTS[moment]()) as proxy, MicroBatcher(NewKeys(proxy.conninfo)) as batcher:
-            keys = new_keys(5)
-            futures = dict(zip(keys, batcher.submit_many([{"key": key} for key in keys]), strict=True))
-            total += judged(database, futures)
-            with psycopg.connect(database, autocommit=True) as connection:
-                connection.execute("DELETE FROM item")
+    moments = [MOMENTS[name] for name in ("behind its sync", "before its answer", "before the end")]
 
-    assert total.doubled == 15
+    assert doubled(database, NewKeys, moments) == 15
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
