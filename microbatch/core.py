@@ -712,6 +712,10 @@ class Core:
         full = len(self.workers) >= self.options.max_concurrent_batches
         self.ready = full and self.supervised()
 
+    def unclosed(self) -> bool:
+        """Under the lock: the worker that had the processor to close died, and another one is to do it."""
+        return self.touched and self.processor.close is not None and not self.workers
+
     def supervised(self) -> bool:
         return self.supervisor is not None and not self.supervisor.gone
 

@@ -39,6 +39,16 @@ class Supervisor:
         self.gone = False
         self._close_by = NEVER
 
+    def claim(self) -> bool:
+        """Take the place; False if it is taken, or if the shutdown is complete."""
+        core = self.core
+        with core.lock:
+            if not core.finished and not core.supervised():
+                core.supervisor = self
+                core.own.add(threading.get_ident())
+                core.threads_ready()
+        return core.supervisor is self
+
     def run(self) -> None:
         """Until the shutdown is complete. An exception from outside is logged and survived."""
         while True:
@@ -146,7 +156,8 @@ class Supervisor:
         now = core.clock()
         if self._close_by == NEVER:
             self._close_by = now + (core.options.delivery_timeout or CLOSE_SECONDS)
-        busy = core.owed or core.cancelling or any(not worker.stuck() for worker in core.workers)
+        unrest = core.owed or core.cancelling or core.unclosed()
+        busy = unrest or any(not worker.stuck() for worker in core.workers)
         if busy and now < self._close_by:
             # The end of a `cancel` rings nobody: an interruption could swallow it.
             again = now + _SOON if core.cancelling else self._close_by
@@ -187,12 +198,7 @@ def supervise(core: Core, watch: DeathWatch) -> None:
     """The thread's function: claim the place, or leave if it is taken."""
     try:
         supervisor = watch.holder = Supervisor(core)
-        with core.lock:
-            if not core.finished and not core.supervised():
-                core.supervisor = supervisor
-                core.own.add(threading.get_ident())
-                core.threads_ready()
-        if core.supervisor is supervisor:
+        if supervisor.claim():
             supervisor.run()
             # The next submit starts another one, should it ever come to that.
             core.ready = False

@@ -66,6 +66,17 @@ class Worker:
         """Whether the processor still runs although every job it holds has its outcome."""
         return self.processing and all(job.verdict is not None for job in self.jobs)
 
+    def claim(self) -> bool:
+        """Take a place among the workers; False for a surplus one, which is to leave."""
+        core = self.core
+        with core.lock:
+            needed = core.outstanding or core.unclosed() or not core.closed
+            if needed and len(core.workers) < core.options.max_concurrent_batches:
+                core.workers.append(self)
+                core.own.add(threading.get_ident())
+                core.threads_ready()
+        return self in core.workers
+
     def run(self) -> None:
         """Until the batcher is closed and empty. An exception ends it only if it hits the recovery as well."""
         while True:
@@ -424,12 +435,7 @@ def work(core: Core, watch: DeathWatch) -> None:
     """The thread's function: claim a place, work, leave. A surplus thread leaves at once."""
     try:
         worker = watch.holder = Worker(core)
-        with core.lock:
-            if len(core.workers) < core.options.max_concurrent_batches and not (core.closed and not core.outstanding):
-                core.workers.append(worker)
-                core.own.add(threading.get_ident())
-                core.threads_ready()
-        if worker in core.workers:
+        if worker.claim():
             worker.run()
             leave(worker)
         watch.left = True
@@ -451,6 +457,7 @@ def leave(worker: Worker) -> None:
         last = all(other.leaving for other in core.workers)
     if last and core.touched and core.processor.close is not None:
         try:
+            core.touched = False
             core.processor.close()
         except BaseException:
             _log.exception("closing the processor failed")

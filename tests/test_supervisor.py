@@ -22,6 +22,7 @@ from microbatch import (
 from microbatch.collector import NEVER
 from microbatch.core import Core
 from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
+from microbatch.worker import Worker, leave
 
 
 class Steady(RetryPolicy):
@@ -286,6 +287,26 @@ def test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_sa
     assert [future.result() for future in futures] == ["a", "b"]
     assert processor.batches == [("a", "b"), ("a", "b"), ("c",)]
     assert processor.calls[0].id == processor.calls[1].id
+
+
+def test_P6_when_the_last_worker_dies_before_it_closes_the_processor_another_one_closes_it() -> None:
+    processor = FaultyProcessor[str, str]()
+    batcher = InlineBatcher(processor, clock=ManualClock())
+    core = core_of(batcher)
+    batcher.submit("job")
+    core.close()
+    core._start = lambda core: None  # its thread is on its way
+    batcher._worker.gone = True
+    assert check(batcher)
+    assert not core.finished
+    another = Worker(core)
+    assert another.claim()
+    assert not Worker(core).claim()
+    leave(another)
+    assert not check(batcher)
+    assert core.finished
+    assert (processor.opened, processor.closed) == (1, 1)
+    assert not Worker(core).claim()
 
 
 def test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies() -> None:
