@@ -85,7 +85,7 @@ class Supervisor:
             core.next_check = NEVER  # so that what a finaliser submits in the middle of this rings
             now, spent = core.clock(), thread_time()
             jobs = list(core.outstanding.values())
-            if now >= core.abandon_at:
+            if jobs and now >= core.abandon_at:
                 core.abandon_all()
             else:
                 core.overdue(jobs, now)

@@ -620,6 +620,13 @@ BREAKS = (
         (("return self.touched and self.processor.close is not None and not self.workers", "return False"),),
         ("test_supervisor.py::test_P6_when_the_last_worker_dies_before_it_closes_the_processor_another_one_closes_it",),
     ),
+    Break(
+        "a shutdown past its deadline wakes the supervisor again and again",
+        "P6",
+        "supervisor.py",
+        (("if jobs and now >= core.abandon_at:", "if now >= core.abandon_at:"),),
+        ("test_supervisor.py::test_P6_past_its_timeout_a_shutdown_rests_while_a_callback_runs",),
+    ),
 )
 
 

@@ -203,6 +203,25 @@ def test_P6_a_running_job_is_unknown_past_the_timeout_of_the_shutdown() -> None:
     assert batcher.shutdown().undelivered == ("running",)
 
 
+def test_P6_past_its_timeout_a_shutdown_rests_while_a_callback_runs() -> None:
+    batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
+    core = core_of(batcher)
+    rung = []
+
+    def call_back(_: object) -> None:
+        batcher.shutdown(wait=False, timeout=0)
+        for _ in range(2):
+            while not core.alarm.empty():
+                core.alarm.get_nowait()
+            assert check(batcher)
+            rung.append(core.alarm.qsize())
+
+    with batcher.hold():
+        batcher.submit("job").add_done_callback(call_back)
+    assert rung == [0, 0]
+    assert batcher.shutdown().finished
+
+
 def test_the_dead_are_swept_when_they_outnumber_the_living() -> None:
     batcher = InlineBatcher(FaultyProcessor(), clock=ManualClock())
     core = core_of(batcher)
