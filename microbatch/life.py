@@ -98,7 +98,12 @@ def finish_without_threads(core: Core) -> bool:
     """Complete the shutdown on this thread if the batcher never had one of its own."""
     if core.supervisor is not None:
         return False
-    return finish(core, lambda: core.supervisor is None and not core.outstanding and not core.workers)
+    return finish(core, lambda: core.supervisor is None and not _needs_threads(core))
+
+
+def _needs_threads(core: Core) -> bool:
+    """Whether threads have something to do here, and so are at least on their way."""
+    return bool(core.outstanding or core.workers or core.owed or core.cancelling)
 
 
 # The end of this process, from the first hook on: since when, and who had jobs then. One bound serves both hooks.

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from typing import Any
 
-from microbatch import Batch, JobRetrying, MicroBatcher, RetryPolicy
+import pytest
+
+from microbatch import Batch, JobCancelled, JobRetrying, MicroBatcher, RetryPolicy
+from microbatch.core import Core
+from microbatch.life import start_threads
 
 
 def test_P6_a_job_that_waits_for_a_retry_when_shutdown_begins_is_tried_again() -> None:
@@ -27,3 +35,37 @@ def test_P6_a_job_that_waits_for_a_retry_when_shutdown_begins_is_tried_again() -
 
     assert (future.result(0), report.completed, report.finished) == ("job", 1, True)
     assert attempts == [1, 2]
+
+
+class SlowlyStarting(MicroBatcher[str, str]):
+    """Its threads are on their way until they are let in."""
+
+    def _drive(self) -> tuple[Callable[[], float], Callable[[Core], None]]:
+        return time.monotonic, lambda core: None
+
+    def let_threads_in(self) -> None:
+        start_threads(self._core)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_P1_what_a_shutdown_cancels_is_told_though_no_thread_has_begun_yet(waits: bool) -> None:
+    batcher = SlowlyStarting(lambda batch: list(batch))
+    told: list[Any] = []
+    batcher.on(JobCancelled, told.append)
+    future = batcher.submit("job")
+    future.add_done_callback(told.append)
+    shutdown = threading.Thread(target=batcher.shutdown, args=(waits,), kwargs={"cancel_futures": True})
+    shutdown.start()
+    give_up = time.monotonic() + 5.0
+    while not future.cancelled():
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+
+    batcher.let_threads_in()
+
+    assert not wait([future], 5.0).not_done
+    assert batcher.shutdown().finished
+    assert told[0] is future
+    assert [event.job for event in told[1:]] == ["job"]
+    shutdown.join(5.0)
+    assert not shutdown.is_alive()
