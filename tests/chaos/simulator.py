@@ -584,7 +584,7 @@ class Simulation:
             self.rest()
             if self.core.finished and not self.threads:
                 return
-            if not self.jump():
+            if not self.jump() and not self.core.short:
                 break
         self.require(self.core.finished, "the shutdown never finishes:", self.standing())
         self.require(not self.threads, "threads stay:", self.standing())

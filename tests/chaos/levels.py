@@ -1,0 +1,86 @@
+"""The levels by name, each with what a short run and a long one do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import simulator, storm
+from .report import Finding
+from .verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to do: *seconds* for what lasts, *is_short* for the run that everybody has the time for."""
+
+    seed: int
+    seconds: float
+    is_short: bool
+    one_seed: bool = False
+
+
+Level = Callable[[Settings], list[Finding]]
+
+
+def run_simulator(settings: Settings) -> list[Finding]:
+    """Seeds from the given one on, on every processor; with a seed on the command line that one alone."""
+    if settings.one_seed:
+        return [_told(settings.seed)]
+    count = 2_000 if settings.is_short else int(10_000 * max(1.0, settings.seconds / 60))
+    began = time.monotonic()
+    processors = os.cpu_count() or 1
+    ranges = [range(settings.seed + n, settings.seed + count, processors) for n in range(processors)]
+    finding = Finding(f"simulator: {count:,} seeds x 200 steps", Verdict())
+    with multiprocessing.get_context("spawn").Pool(processors) as pool:
+        for jobs, faults, unknown, expired, problems in pool.imap_unordered(_simulate, ranges):
+            finding.verdict.jobs += jobs
+            finding.verdict.unknown += [None] * unknown
+            finding.verdict.expired += [None] * expired
+            finding.faults += faults
+            finding.problems += problems
+    finding.seconds = time.monotonic() - began
+    finding.unknown_at_most = finding.expired_at_most = finding.verdict.jobs
+    return [finding]
+
+
+def _simulate(seeds: range) -> tuple[int, int, int, int, list[str]]:
+    total, hits, problems = Verdict(), 0, []
+    with simulator.virtual_time():
+        for seed in seeds:
+            try:
+                verdict, faults = simulator.simulate(seed)
+            except simulator.Violation as violation:
+                problems.append(str(violation))
+                continue
+            total += verdict
+            hits += faults
+    return total.jobs, hits, len(total.unknown), len(total.expired), problems
+
+
+def _told(seed: int) -> Finding:
+    finding = Finding(f"simulator: seed {seed}", Verdict())
+    story: list[str] = []
+    with simulator.virtual_time():
+        try:
+            finding.verdict, finding.faults = simulator.simulate(seed, story=story)
+        except simulator.Violation as violation:
+            finding.problems.append(str(violation))
+    print("\n".join(story))
+    finding.unknown_at_most = finding.expired_at_most = finding.verdict.jobs
+    return finding
+
+
+def run_storm(settings: Settings) -> list[Finding]:
+    return storm.run(settings.seed, settings.seconds)
+
+
+LEVELS: dict[str, Level] = {
+    "simulator": run_simulator,
+    "storm": run_storm,
+}
+# What fits, together, into two minutes.
+SHORT = ("simulator", "storm")
