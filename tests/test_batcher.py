@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from interrupts import interrupted_everywhere
+from naming import named
 
 from microbatch import (
     BatchCompleted,
@@ -139,7 +140,7 @@ def wait_for_blocked(batcher: MicroBatcher[Any, Any], n: int = 1) -> None:
         ({"delivery_timeout": "5"}, TypeError, "delivery_timeout must be a number of seconds, not '5'"),
         ({"delivery_timeout": None}, ValueError, "delivery_timeout=None with a retry policy of max_attempts=None"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_wrong_argument_is_refused_and_the_job_is_not_accepted(
     arguments: dict[str, Any], error: type[Exception], message: str
@@ -156,7 +157,7 @@ def test_a_job_may_live_for_ever_where_its_attempts_are_bounded() -> None:
     assert future.result() == "job"
 
 
-@pytest.mark.parametrize("job", [None, {}, [], 0, object(), JobFuture(), ValueError("a payload")], ids=repr)
+@pytest.mark.parametrize("job", [None, {}, [], 0, object(), JobFuture(), ValueError("a payload")], ids=named)
 def test_any_object_is_a_job(job: Any) -> None:
     seen: list[Any] = []
     Inline(lambda batch: seen.extend(batch)).submit(job)
@@ -556,7 +557,7 @@ def test_the_status_follows_the_future_through_every_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"), [(ValueError(), JobStatus.FAILED), (OutcomeUnknown(), JobStatus.UNKNOWN)], ids=repr
+    ("fault", "status"), [(ValueError(), JobStatus.FAILED), (OutcomeUnknown(), JobStatus.UNKNOWN)], ids=named
 )
 def test_the_status_of_what_went_wrong(fault: Exception, status: JobStatus) -> None:
     batcher = Inline(FaultyProcessor([fault]))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from naming import named
 
 from microbatch import Batch, JobStatus, OutcomeUnknown, ProcessorContractError, RetryPolicy, WorkerDied
 from microbatch.job import Job, JobFuture
@@ -106,7 +107,7 @@ class Unreadable(list):  # type: ignore[type-arg]
         (ValueError("returned, not raised"), "the processor returned a ValueError for"),
         (Unreadable("xyz"), "reading the processor's results raised ZeroDivisionError"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_P2_any_other_answer_makes_every_job_unknown(results: Any, message: str) -> None:
     always = judge(lambda exc: True, RetryPolicy(retry_on=lambda exc: True))
@@ -133,7 +134,7 @@ def test_a_batch_that_raised_fails_each_job_with_an_error_of_its_own() -> None:
     assert [(each.errno, each.filename) for each in told if isinstance(each, OSError)] == [(5, "file")] * 3
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=named)
 def test_what_is_no_ordinary_exception_fails_the_jobs_and_is_never_retried(error: BaseException) -> None:
     always = judge(lambda exc: True, RetryPolicy(retry_on=BaseException))
     assert words(always.failure(*a_batch(), error)) == ["failed"] * 3
@@ -184,7 +185,7 @@ def test_P4_an_undecided_batch_is_tried_again_as_a_whole_on_the_word_of_the_proc
     assert [isinstance(answer, Again) and answer.undecided for answer in answers] == [True] * 3
 
 
-@pytest.mark.parametrize("retry_on", [OutcomeUnknown, Exception, lambda exc: True], ids=str)
+@pytest.mark.parametrize("retry_on", [OutcomeUnknown, Exception, lambda exc: True], ids=named)
 def test_P4_retry_on_does_not_cover_an_unknown_outcome(retry_on: Any) -> None:
     by_policy = judge(None, RetryPolicy(retry_on=retry_on))
     assert words(by_policy.failure(*a_batch(), OutcomeUnknown())) == ["unknown"] * 3
@@ -249,7 +250,7 @@ def test_a_copy_has_the_type_arguments_attributes_and_causes_of_its_original() -
     assert twin.__traceback__ is original.__traceback__
 
 
-@pytest.mark.parametrize("original", [Odd(1, detail="x"), Liar("me")], ids=repr)
+@pytest.mark.parametrize("original", [Odd(1, detail="x"), Liar("me")], ids=named)
 def test_an_exception_that_resists_is_shared_with_its_traceback_trimmed(original: Exception) -> None:
     try:
         raise original

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+from naming import named
 
 from microbatch import MemoryQueue, MicroBatcher, RetryPolicy
 from microbatch.options import Options, options_from_env
@@ -94,14 +95,14 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize("options", GOOD, ids=str)
+@pytest.mark.parametrize("options", GOOD, ids=named)
 def test_a_good_option_is_taken(options: dict[str, Any]) -> None:
     batcher = MicroBatcher(FaultyProcessor(), **options)
     for name, value in options.items():
         assert getattr(batcher._core.options, name) == value
 
 
-@pytest.mark.parametrize(("option", "value", "remedy"), BAD_TYPES, ids=str)
+@pytest.mark.parametrize(("option", "value", "remedy"), BAD_TYPES, ids=named)
 def test_a_value_of_a_wrong_type_is_refused_by_name_with_its_remedy(option: str, value: Any, remedy: str) -> None:
     with pytest.raises(TypeError) as caught:
         MicroBatcher(FaultyProcessor(), **{option: value})
@@ -110,7 +111,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_name_with_its_remedy(option: str,
     assert remedy in str(caught.value)
 
 
-@pytest.mark.parametrize(("option", "value", "remedy"), BAD_VALUES, ids=str)
+@pytest.mark.parametrize(("option", "value", "remedy"), BAD_VALUES, ids=named)
 def test_a_wrong_value_is_refused_by_name_with_its_remedy(option: str, value: Any, remedy: str) -> None:
     with pytest.raises(ValueError, match=option) as caught:
         MicroBatcher(FaultyProcessor(), **{option: value})
@@ -118,7 +119,7 @@ def test_a_wrong_value_is_refused_by_name_with_its_remedy(option: str, value: An
     assert remedy in str(caught.value)
 
 
-@pytest.mark.parametrize(("options", "words"), TOGETHER, ids=str)
+@pytest.mark.parametrize(("options", "words"), TOGETHER, ids=named)
 def test_options_that_contradict_each_other_are_refused_with_both_named(
     options: dict[str, Any], words: list[str]
 ) -> None:

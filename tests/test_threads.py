@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from naming import named
 
 from microbatch import (
     Batch,
@@ -426,7 +427,7 @@ def test_p2_values_that_misbehave_when_looked_at_are_values() -> None:
         assert batcher.submit(proxy).result(BOUND) is proxy
 
 
-@pytest.mark.parametrize("asked", [ValueError("asked"), SystemExit(1), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("asked", [ValueError("asked"), SystemExit(1), KeyboardInterrupt()], ids=named)
 def test_p1_a_question_that_raises_means_no_retry(asked: BaseException) -> None:
     class Careless:
         def process(self, batch: Batch[Any]) -> Any:
@@ -1317,7 +1318,7 @@ def test_p6_a_hanging_close_does_not_hang_the_shutdown() -> None:
     release.set()
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(1)], ids=named)
 def test_p6_a_failing_close_and_a_failing_abandon_change_nothing(error: BaseException) -> None:
     class Processor(Held):
         def close(self) -> None:
@@ -1361,7 +1362,7 @@ class Opening:
         self.calls.append("close")
 
 
-@pytest.mark.parametrize("error", [OSError("x"), SystemExit(1), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [OSError("x"), SystemExit(1), KeyboardInterrupt()], ids=named)
 def test_p1_a_failing_open_is_its_batchs_failure_and_is_tried_again(error: BaseException) -> None:
     processor = Opening(error)
     with batcher_of(processor, retry=None) as batcher:
