@@ -544,6 +544,13 @@ BREAKS = (
         ("test_postgres_bulk.py::test_P4_keys_survive_a_crash_that_strangers_profit_from",),
     ),
     Break(
+        "a key that a stranger took is the job's fault",
+        "P3",
+        "processors/postgres/keyed.py",
+        (("        else:\n            raise KeysTaken(_TAKEN)\n", ""),),
+        ("test_postgres_bulk.py::test_P3_keys_that_are_taken_by_the_thousand_are_no_jobs_fault",),
+    ),
+    Break(
         "an undecided batch is written anew",
         "P4",
         "processors/postgres/settling.py",

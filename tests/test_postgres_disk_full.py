@@ -28,6 +28,7 @@ from microbatch.processors.postgres.guard import DDL
 pytestmark = pytest.mark.database
 
 TABLE = "CREATE TABLE item (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key text NOT NULL)"
+UNCOMPRESSED = "ALTER TABLE item ALTER key SET STORAGE EXTERNAL"
 INSERT = "INSERT INTO item (key) VALUES (%(key)s) RETURNING id, key"
 
 
@@ -78,7 +79,8 @@ def test_P4_P5_a_table_without_room_is_waited_out(server: Any, shared_database: 
                     PostgresProcessor.insert_into(shared_database, "item", ["key"]), jobs(big_keys(1))[0]
                 )
                 assert isinstance(late.__cause__, psycopg.errors.DiskFull)
-                futures = dict(zip(keys := big_keys(40), map(batcher.submit, jobs(keys)), strict=True))
+                keys = big_keys(40)
+                futures = dict(zip(keys, batcher.submit_many(jobs(keys)), strict=True))
                 assert not any(future.done() for future in futures.values())
             verdict = judged(shared_database, futures, 60)
 
@@ -86,8 +88,8 @@ def test_P4_P5_a_table_without_room_is_waited_out(server: Any, shared_database: 
         assert [future.exception(0) for future in futures.values()] == [None] * 40
 
 
-def big_keys(count: int) -> list[str]:
-    return [key + "x" * 6000 for key in new_keys(count)]
+def big_keys(count: int, size: int = 6000) -> list[str]:
+    return [key.ljust(size, "x") for key in new_keys(count)]
 
 
 def jobs(keys: list[str]) -> list[dict[str, str]]:
@@ -105,7 +107,7 @@ def small_tablespace(database: str, path: Path) -> Iterator[None]:
         control.execute(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(str(place)))
         control.execute("SET default_tablespace = small")
         control.execute(TABLE)
-        control.execute("ALTER TABLE item ALTER key SET STORAGE EXTERNAL")  # what repeats would be compressed
+        control.execute(UNCOMPRESSED)
         try:
             yield
         finally:
@@ -126,6 +128,7 @@ def test_P4_P5_a_server_whose_log_has_no_room_ends_and_loses_and_doubles_nothing
             hand_over(path / "pg_wal")
         with psycopg.connect(server.dsn, autocommit=True) as control:
             control.execute(TABLE)
+            control.execute(UNCOMPRESSED)
             control.execute(DDL)
         processor = PostgresProcessor(server.dsn, INSERT, commit_guard=guard)  # type: ignore[arg-type]
         with MicroBatcher(processor, delivery_timeout=120, max_batch_size=10) as batcher:
@@ -134,7 +137,7 @@ def test_P4_P5_a_server_whose_log_has_no_room_ends_and_loses_and_doubles_nothing
                 deadline = time.monotonic() + 60
                 while is_alive(server.pid):
                     assert time.monotonic() < deadline, "there is room still"
-                    keys = big_keys(20)
+                    keys = big_keys(20, 100_000)
                     submitted = batcher.submit_many(jobs(keys))
                     futures |= dict(zip(keys, submitted, strict=True))
                     wait(submitted, 0.2)

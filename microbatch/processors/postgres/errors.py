@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import psycopg
+
 from microbatch.errors import MicrobatchError, OutcomeUnknown
 
 
@@ -31,3 +33,7 @@ class BatchRolledBack(MicrobatchError):
     def __init__(self, *args: object, job: object = None) -> None:
         super().__init__(*args)
         self.job = job
+
+
+class KeysTaken(psycopg.errors.UniqueViolation):
+    """Others insert the keys by hand that this processor draws, faster than it draws them: no job's fault."""

@@ -23,7 +23,7 @@ from psycopg.pq.abc import PGresult
 
 from microbatch.protocols import Batch
 
-from .errors import CommitUnknown, Undecided
+from .errors import CommitUnknown, KeysTaken, Undecided
 from .flight import Flight, is_error
 from .guard import NoGuard, Token
 from .keys import Keys
@@ -36,7 +36,8 @@ from .translate import Reader
 _END = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1::int AND backend_start::text = $2"
 _UNIQUE = "23505"
 _COMMITTING = 2 / 3  # of a statement's time, where its flight commits as well and is given up sooner
-_THEFTS = 20  # so often new keys are drawn; then somebody inserts by hand what the sequence gives, too
+_THEFTS = 20  # so often an attempt draws new keys; then somebody inserts by hand what the sequence gives, too
+_TAKEN = "the keys of this table are taken by others as fast as they are drawn"
 _ROUNDS = 5  # of a retry whose keys appear and disappear
 
 
@@ -124,6 +125,8 @@ class KeyedAttempt(Attempt):
                 break
             self._keys.forget()
             self._give_keys(positions)
+        else:
+            raise KeysTaken(_TAKEN)
         self._settle_failure(error, positions, failed)
         remaining = [i for i in positions if i not in failed]
         if not remaining:
@@ -142,7 +145,7 @@ class KeyedAttempt(Attempt):
                 continue
             failed |= alone
             return self._commit_isolated(results, failed) if results else None
-        raise psycopg.errors.UniqueViolation("the keys of this table are taken by others as fast as they are drawn")
+        raise KeysTaken(_TAKEN)
 
     def _fly(self, positions: list[int]) -> dict[int, Any]:
         """One flight, one implicit transaction, one round trip."""

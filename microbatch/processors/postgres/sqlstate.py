@@ -8,6 +8,8 @@ from typing import NamedTuple
 import psycopg
 import psycopg_pool
 
+from .errors import KeysTaken
+
 
 class Kind(Enum):
     """What to do about an error; the value says it in words."""
@@ -59,6 +61,8 @@ def kind_of(error: BaseException) -> Kind:
     code = error.sqlstate
     if code is None:
         return Kind.LINK if _is_lost_link(error) else Kind.PERMANENT
+    if isinstance(error, KeysTaken):
+        return Kind.CONFLICT
     if code == _FEATURE_NOT_SUPPORTED and "cached plan" in str(error):
         return Kind.STALE
     return _KINDS.get(code) or _KINDS.get(code[:2], Kind.PERMANENT)
