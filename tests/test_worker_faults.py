@@ -44,9 +44,9 @@ from microbatch import (
 
 pytestmark = pytest.mark.timeout(120)
 
-BOUND = 10.0
+BOUND = 30.0
 # The jobs' deadline. An outcome that comes only with it was not brought by anybody: a lost wake-up.
-DEADLINE = 5.0
+DEADLINE = 15.0
 FAST = RetryPolicy(backoff=0.001, backoff_max=0.001, retry_on=ConnectionError)
 
 
