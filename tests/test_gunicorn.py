@@ -43,9 +43,10 @@ class Server(Program):
 
 
 class Clients:
-    """Threads that ask for one job after the other, and remember which were answered."""
+    """Threads that ask for one job after the other, and remember which they asked for and which were answered."""
 
     def __init__(self, server: Server, count: int = 6) -> None:
+        self.asked: list[str] = []
         self.answered: list[str] = []
         self._server = server
         self._stop = threading.Event()
@@ -59,6 +60,7 @@ class Clients:
             job += 1
             name = f"{'wait' if number == 0 else 'job'}-{number}-{job}"
             try:
+                self.asked.append(name)
                 with closing(http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=10)) as connection:
                     connection.request("GET", f"/{name}")
                     if connection.getresponse().status == 202:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import simulator, storm
+from . import processes, simulator, storm
 from .report import Finding
 from .verdict import Verdict
 
@@ -78,9 +78,37 @@ def run_storm(settings: Settings) -> list[Finding]:
     return storm.run(settings.seed, settings.seconds)
 
 
+def run_kills(settings: Settings) -> list[Finding]:
+    return [processes.kill_nine(settings.seed, 4 if settings.is_short else 25)]
+
+
+def run_forks(settings: Settings) -> list[Finding]:
+    children = 30 if settings.is_short else 150
+    cases = {f"{children} forks under load": lambda path: processes.forks(path, children)}
+    for method in ("fork", "spawn") if settings.is_short else ("fork", "spawn", "forkserver"):
+        cases[f"multiprocessing, {method}"] = lambda path, method=method: processes.multiprocess(path, method)
+    return [processes.attempt(name, case) for name, case in cases.items()]
+
+
+def run_exits(settings: Settings) -> list[Finding]:
+    return [
+        processes.attempt(f"exit of Python {version}", lambda path, python=python: processes.exits(path, python))
+        for version, python in processes.interpreters().items()
+    ]
+
+
+def run_servers(settings: Settings) -> list[Finding]:
+    cases = [*processes.gunicorn_cases(), *processes.uwsgi_cases(), ("waitress, SIGTERM", processes.waitress_case)]
+    return [processes.attempt(name, case) for name, case in cases]
+
+
 LEVELS: dict[str, Level] = {
     "simulator": run_simulator,
     "storm": run_storm,
+    "kills": run_kills,
+    "forks": run_forks,
+    "exits": run_exits,
+    "servers": run_servers,
 }
 # What fits, together, into two minutes.
-SHORT = ("simulator", "storm")
+SHORT = ("simulator", "storm", "kills", "forks")

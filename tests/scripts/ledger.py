@@ -145,11 +145,11 @@ def hookless_child(work: Any) -> int:
 
 
 def hookless_fork() -> int:
-    _wait_until_threads_sleep()
+    wait_until_threads_sleep()
     return int(ctypes.PyDLL(None).fork())
 
 
-def _wait_until_threads_sleep() -> None:
+def wait_until_threads_sleep() -> None:
     """The other threads must not be about to run: one that waits for the interpreter's lock at the fork leaves a
     condition variable behind that the child, which knows nothing of the fork, can hang on.
     """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import uuid
 from typing import Any
 
-from ledger import Writer, note, submit_one
+from ledger import Writer, note, submit_one, wait_until_threads_sleep
 
 from microbatch import MicroBatcher
 
@@ -13,8 +14,12 @@ batcher: MicroBatcher[Any, Any] = MicroBatcher(Writer(0.01), max_batch_size=50)
 
 if "USE_BEFORE_FORK" in os.environ:
     # Threads run and jobs are queued while the server forks.
+    run = uuid.uuid4().hex  # uWSGI imports it again in the same process
     for number in range(60):
-        submit_one(batcher, f"early-{number}")
+        submit_one(batcher, f"early-{run}-{number}")
+    if os.environ["USE_BEFORE_FORK"] == "at rest":
+        batcher.flush()
+        wait_until_threads_sleep()
 
 
 def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
