@@ -18,13 +18,14 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import compress
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 PENDING = "PENDING"
@@ -51,6 +52,24 @@ def future_is_known() -> bool:
     cancelled.set_running_or_notify_cancel()
     states = (vars(future)["_state"], before, vars(cancelled)["_state"])
     return states == (FINISHED, CANCELLED, CANCELLED_AND_NOTIFIED) and hasattr(Future, "_invoke_callbacks")
+
+
+def stdlib_queue() -> ModuleType:
+    """The stdlib's `queue`; a copy of it where other classes stand in the places of its own, as gevent has it.
+
+    The library leans on the hooks of those classes. `Full` and `Empty` stay the ones that everybody catches.
+    """
+    if queue.Queue.__module__ == "queue":
+        return queue
+    from importlib.util import find_spec, module_from_spec
+
+    spec = find_spec("queue")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module).update(Full=queue.Full, Empty=queue.Empty)
+    return module
 
 
 _RLock: Any = type(threading.RLock())

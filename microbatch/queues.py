@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-import queue
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sized
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .interpreter import stdlib_queue
 from .job import Job
 from .protocols import JobQueue
+
+if TYPE_CHECKING:
+    import queue
+else:
+    queue = stdlib_queue()
 
 _log = logging.getLogger("microbatch.queues")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import queue
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -420,3 +422,24 @@ def test_P1_what_a_full_queue_cannot_take_back_after_an_interruption_is_kept() -
         futures += batcher.submit_many([3, 4])
         core.intake.rebuild(lambda: list(core.outstanding.values()))
     assert [future.result() for future in futures] == [1, 2, 3, 4]
+
+
+def test_the_hooks_are_those_of_the_stdlib_though_another_class_has_taken_the_place_of_its_queue() -> None:
+    """As under gevent, whose queues are made in another way."""
+    script = """
+import queue
+genuine = queue.Queue
+queue.Queue = type("Queue", (), {"__module__": "elsewhere", "maxsize": None})
+from microbatch import MemoryQueue, MicroBatcher
+assert not issubclass(MemoryQueue, (genuine, queue.Queue)), MemoryQueue.__mro__
+with MicroBatcher(lambda batch: list(batch), queue=lambda: MemoryQueue(5), submit_timeout=0) as batcher:
+    assert [batcher.execute(n) for n in range(20)] == list(range(20))
+full = MemoryQueue(1)
+full.put_nowait(1)
+try:
+    full.put_nowait(2)
+except queue.Full:
+    print("full")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("full\n", "")
