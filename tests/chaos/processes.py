@@ -451,7 +451,7 @@ def gunicorn_cases() -> Iterator[tuple[str, Callable[[Path], Finding]]]:
                     more: tuple[str, ...] = more,
                     environment: dict[str, str] = environment,
                     act: Callable[[Any, Any], None] = act,
-                    cut_off: bool = ending == "worker abort",
+                    cut_off: bool = ending in ("SIGQUIT", "worker abort"),
                 ) -> Finding:
                     with Server(path, *more, **environment) as server:
                         return serve(server, act, cut_off=cut_off)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -15,7 +16,8 @@ from typing import Any
 from microbatch import MicroBatcher, OutcomeUnknown, RetryPolicy
 
 _ledger = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-faulthandler.register(signal.SIGUSR1)
+with contextlib.suppress(OSError):  # under mod_wsgi, which has no file behind stderr, and signals of its own
+    faulthandler.register(signal.SIGUSR1)
 
 
 def note(word: str, *things: object) -> None:
