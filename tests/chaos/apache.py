@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,6 @@ WSGIScriptAlias / {scripts}/web.py/
 """
 
 
-def is_there() -> bool:
-    return Path(PROGRAM).exists() and (MODULES / "mod_wsgi.so").exists()
-
-
 class Apache(Program):
     def __init__(self, path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -69,13 +66,22 @@ def restart(server: Any, clients: Any) -> None:
     server.send(signal.SIGTERM)
 
 
-CASES: dict[str, Callable[[Any, Any], None]] = {
-    "mod_wsgi, SIGTERM": end_by(signal.SIGTERM),
-    "mod_wsgi, SIGWINCH (graceful)": end_by(signal.SIGWINCH),
-    "mod_wsgi, SIGHUP": restart,
+ENDINGS: dict[str, Callable[[Any, Any], None]] = {
+    "SIGTERM": end_by(signal.SIGTERM),
+    "SIGWINCH": end_by(signal.SIGWINCH),  # its graceful stop
+    "SIGHUP": restart,
 }
+
+
+def cases() -> Iterator[tuple[str, Callable[[Path], Finding]]]:
+    for name, ending in ENDINGS.items():
+        yield f"mod_wsgi, {name}", lambda path, ending=ending: case(path, ending)
 
 
 def case(path: Path, ending: Callable[[Any, Any], None]) -> Finding:
     with Apache(path) as server:
-        return serve(server, ending, code=None)
+        finding = serve(server, ending, code=None)
+        closed = Counter(pid for word, pid, *_ in server.lines() if word == "closed")
+    if 2 not in closed.values():
+        finding.problems.append(f"no process had two interpreters with a batcher each: {dict(closed)}")
+    return finding

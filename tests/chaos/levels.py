@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
-from . import processes, simulator, storm
+from . import apache, load, processes, simulator, storm
 from .report import Finding
 from .verdict import Verdict
 
@@ -98,8 +101,38 @@ def run_exits(settings: Settings) -> list[Finding]:
 
 
 def run_servers(settings: Settings) -> list[Finding]:
-    cases = [*processes.gunicorn_cases(), *processes.uwsgi_cases(), ("waitress, SIGTERM", processes.waitress_case)]
+    cases = [*processes.gunicorn_cases()]
+    if _has("waitress"):
+        cases.append(("waitress, SIGTERM", processes.waitress_case))
+    if _has("uwsgi", Path(sys.executable).parent / "uwsgi"):
+        cases += processes.uwsgi_cases()
+    if _has("mod_wsgi", apache.PROGRAM, apache.MODULES / "mod_wsgi.so", remedy=apache.MISSING):
+        cases += apache.cases()
     return [processes.attempt(name, case) for name, case in cases]
+
+
+def run_load(settings: Settings) -> list[Finding]:
+    seconds = 12.0 if settings.is_short else settings.seconds
+    cases: dict[str, Callable[[Path], Finding]] = {
+        "64 producers at the bound": lambda path: load.sustained(seconds),
+        "a burst of 100 x the bound, block": lambda path: load.burst("block"),
+        "a burst of 100 x the bound, raise": lambda path: load.burst("raise"),
+    }
+    return [processes.attempt(name, case) for name, case in cases.items()]
+
+
+def run_gevent(settings: Settings) -> list[Finding]:
+    return [processes.attempt("gevent, patched first", load.greenlets)] if _has("gevent") else []
+
+
+def _has(name: str, *files: Path | str, remedy: str = "pip install 'microbatch[chaos]'") -> bool:
+    """Whether what a case needs is there; said, and an error where nothing may be left out."""
+    there = all(Path(file).exists() for file in files) if files else find_spec(name) is not None
+    if not there and os.environ.get("MICROBATCH_CHAOS_ALL"):
+        raise SystemExit(f"{name} is missing: {remedy}")
+    if not there:
+        print(f"  not run, {name} is missing: {remedy}", flush=True)
+    return there
 
 
 LEVELS: dict[str, Level] = {
@@ -109,6 +142,8 @@ LEVELS: dict[str, Level] = {
     "forks": run_forks,
     "exits": run_exits,
     "servers": run_servers,
+    "load": run_load,
+    "gevent": run_gevent,
 }
 # What fits, together, into two minutes.
-SHORT = ("simulator", "storm", "kills", "forks")
+SHORT = ("simulator", "storm", "kills", "forks", "load")
