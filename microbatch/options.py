@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .queues import MemoryQueue
@@ -31,20 +32,9 @@ class Options:
     name: str = "microbatch"
 
     def __post_init__(self) -> None:
-        whole("max_batch_size", self.max_batch_size, least=1)
-        seconds("linger", self.linger)
-        whole("max_concurrent_batches", self.max_concurrent_batches, least=1)
-        whole("max_outstanding", self.max_outstanding, least=1)
-        if self.when_full not in ("block", "raise"):
-            raise ValueError(f"when_full must be 'block' or 'raise', not {self.when_full!r}")
-        seconds("submit_timeout", self.submit_timeout)
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         check_delivery_timeout(self.delivery_timeout, self.retry)
-        whole("history", self.history, least=0)
-        seconds("history_ttl", self.history_ttl, positive=True)
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, not {self.name!r}")
-        if not self.name:
-            raise ValueError("name must not be empty; leave it out for 'microbatch'")
         if self.delivery_timeout is not None and self.linger >= self.delivery_timeout:
             raise ValueError(
                 f"linger={self.linger!r} must be below delivery_timeout={self.delivery_timeout!r}: "
@@ -69,12 +59,42 @@ def seconds(name: str, value: object, *, positive: bool = False) -> None:
         )
 
 
+def _choice(name: str, value: object) -> None:
+    if value not in ("block", "raise"):
+        raise ValueError(f"{name} must be 'block' or 'raise', not {value!r}")
+
+
+def _life(name: str, value: object) -> None:
+    if value is not None:
+        seconds(name, value, positive=True)
+
+
+def _word(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {value!r}")
+    if not value:
+        raise ValueError(f"{name} must not be empty; leave it out for 'microbatch'")
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "max_batch_size": partial(whole, least=1),
+    "linger": seconds,
+    "max_concurrent_batches": partial(whole, least=1),
+    "max_outstanding": partial(whole, least=1),
+    "when_full": _choice,
+    "submit_timeout": seconds,
+    "delivery_timeout": _life,
+    "history": partial(whole, least=0),
+    "history_ttl": partial(seconds, positive=True),
+    "name": _word,
+}
+
+
 def check_delivery_timeout(value: float | None, retry: RetryPolicy | None) -> None:
     if retry is not None and not isinstance(retry, RetryPolicy):
         raise TypeError(f"retry must be a RetryPolicy or None, not {retry!r}")
-    if value is not None:
-        seconds("delivery_timeout", value, positive=True)
-    elif retry is not None and retry.max_attempts is None:
+    _life("delivery_timeout", value)
+    if value is None and retry is not None and retry.max_attempts is None:
         raise ValueError(
             "delivery_timeout=None with a retry policy of max_attempts=None would retry for ever; "
             "give one of them a number, or pass retry=None"
@@ -124,7 +144,7 @@ def options_from_env(prefix: str, environ: Mapping[str, str] = os.environ) -> di
     """The options that the environment names. `none` is None, an empty variable is unset.
 
     Raises:
-        ValueError: a value that is no number, or a name that is nearly an option's; both name the variable.
+        ValueError: a value that cannot be, or a name that is nearly an option's; both name the variable.
     """
     known: dict[str, Callable[[str], Any]] = {**_SCALARS, **_RETRY, "retry": str}
     found: dict[str, Any] = {}
@@ -141,7 +161,7 @@ def options_from_env(prefix: str, environ: Mapping[str, str] = os.environ) -> di
         if retry:
             raise ValueError(f"{prefix}RETRY=none contradicts the other {prefix}RETRY_… variables; unset one")
     elif retry:
-        found["retry"] = RetryPolicy(**retry)
+        found["retry"] = _policy(prefix, retry)
     return found
 
 
@@ -151,10 +171,21 @@ def _parse(variable: str, option: str, text: str, convert: Callable[[str], Any])
     if option == "retry":
         raise ValueError(f"{variable}={text!r}: only 'none' is possible; see {variable}_MAX_ATTEMPTS and its kin")
     try:
-        return convert(text)
+        value = convert(text)
     except ValueError:
         kind = "a whole number" if convert is int else "a number"
         raise ValueError(f"{variable}={text!r} is not {kind}") from None
+    if option in _CHECKS:
+        _CHECKS[option](variable, value)
+    return value
+
+
+def _policy(prefix: str, numbers: dict[str, Any]) -> RetryPolicy:
+    try:
+        return RetryPolicy(**numbers)
+    except ValueError as error:
+        given = ", ".join(f"{prefix}RETRY_{name.upper()}={value!r}" for name, value in numbers.items())
+        raise ValueError(f"{given}: {error}") from None
 
 
 def _refuse_near_miss(variable: str, option: str, prefix: str, known: Mapping[str, object]) -> None:

@@ -277,11 +277,11 @@ def test_a_text_that_is_no_such_value_is_an_error_that_names_variable_and_text(
 @pytest.mark.parametrize(
     ("variable", "text", "message"),
     [
-        ("MAX_BATCH_SIZE", "0", "max_batch_size must be at least 1, not 0"),
-        ("LINGER", "nan", "linger must be 0 or more seconds"),
-        ("WHEN_FULL", "drop", "when_full must be 'block' or 'raise', not 'drop'"),
-        ("RETRY_BACKOFF", "-1", "backoff must be 0 or more finite seconds, not -1.0"),
-        ("RETRY_MAX_ATTEMPTS", "0", "max_attempts must be at least 1, not 0"),
+        ("MAX_BATCH_SIZE", "0", "MICROBATCH_MAX_BATCH_SIZE must be at least 1, not 0"),
+        ("LINGER", "nan", "MICROBATCH_LINGER must be 0 or more seconds"),
+        ("WHEN_FULL", "drop", "MICROBATCH_WHEN_FULL must be 'block' or 'raise', not 'drop'"),
+        ("RETRY_BACKOFF", "-1", "MICROBATCH_RETRY_BACKOFF=-1.0: backoff must be 0 or more finite seconds, not -1.0"),
+        ("RETRY_MAX_ATTEMPTS", "0", "MICROBATCH_RETRY_MAX_ATTEMPTS=0: max_attempts must be at least 1, not 0"),
         ("DELIVERY_TIMEOUT", "none", "delivery_timeout=None with a retry policy of max_attempts=None"),
     ],
 )
