@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,54 @@ with SELECT, INSERT and UPDATE; DELETE lets them clean up. It holds a row per wo
 
 Without --apply the DDL is printed, for a migration of yours; no server is needed.
 """
+
+
+_SERVE_HELP = """\
+Every option is an environment variable, too: --max-batch-size 500 is
+MICROBATCH_MAX_BATCH_SIZE=500. What has none on the command line is
+MICROBATCH_TOKEN, which every request then has to show, MICROBATCH_ADMIN_TOKEN,
+which POST /shutdown wants (without it one is made and printed), and
+MICROBATCH_SECRET, which signs job ids (without it the database keeps one).
+
+  curl -X POST http://localhost:3000/submit-job -H "Content-Type: application/json" \\
+       -d '{"user_id": 1, "amount": 100.00, "status": "pending"}'
+
+The first SIGTERM or Ctrl-C refuses new jobs, finishes those there are, and ends.
+"""
+_SERVE_NUMBERS = {"MICROBATCH_PORT": 3000, "MICROBATCH_THREADS": 32}
+_SERVE_OPTIONS = {
+    "service": (
+        ("--host", "ADDRESS", "where to listen (default: 127.0.0.1); another machine's way in takes a token"),
+        ("--port", "N", "0 takes a free one (default: 3000)"),
+        ("--threads", "N", "requests at a time, those that wait included (default: 32)"),
+        ("--allowed-hosts", "A,B", "names that requests may call the service by, besides localhost; * for any"),
+        ("--insecure", "", "without a token, answer other machines as well"),
+        ("--max-client-jobs", "N", "outstanding jobs of one client address (default: half of --max-outstanding)"),
+    ),
+    "database": (
+        ("--dsn", "DSN", "the server (default: one of its own, which keeps nothing)"),
+        ("--table", "T", "written as in SQL (default: payment_transactions, created where it is missing)"),
+        ("--columns", "A,B", "what a job gives (default: the columns that a row cannot do without)"),
+        ("--store", "KIND", "where outcomes are kept: postgres (default), or memory"),
+        ("--status-ttl", "S", "seconds for which an outcome is kept (default: 3600)"),
+    ),
+    "batches": (
+        ("--max-batch-size", "N", "most jobs in a batch (default: 100)"),
+        ("--linger", "S", "seconds that the oldest queued job waits for company (default: 0)"),
+        ("--max-concurrent-batches", "N", "worker threads, a connection each (default: 1)"),
+        ("--max-outstanding", "N", "accepted jobs without an outcome (default: 10000)"),
+        ("--when-full", "WHAT", "block or raise (default here: raise)"),
+        ("--submit-timeout", "S", "seconds that a full submit blocks (default: 5)"),
+        ("--delivery-timeout", "S", "seconds from submit to outcome (default: 20)"),
+        ("--retry", "none", "never try again"),
+        ("--retry-max-attempts", "N", "attempts (default: none, the deadline bounds them)"),
+        ("--retry-backoff", "S", "seconds, doubled each time (default: 0.05)"),
+        ("--retry-backoff-max", "S", "seconds, the longest (default: 2)"),
+        ("--history", "N", "finished jobs that this process remembers (default: 10000)"),
+        ("--history-ttl", "S", "and for how many seconds (default: 300)"),
+        ("--name", "NAME", "of threads and in logs (default: microbatch)"),
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +130,25 @@ def _init_db(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from microbatch.service.server import serve, settings_of
+
+    environ = {**os.environ}
+    for name, value in vars(arguments).items():
+        if name.startswith("MICROBATCH_") and value is not None:
+            environ[name] = value
+    host = environ.get("MICROBATCH_HOST") or "127.0.0.1"
+    port, threads = (_from_environment(environ, name, default) for name, default in _SERVE_NUMBERS.items())
+    return serve(host, port, threads, settings_of(environ))
+
+
+def _from_environment(environ: dict[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "").strip() or str(default)
+    if not text.isdecimal() or not int(text) <= 65535:
+        raise CommandError(f"{name}={text!r} is not a whole number up to 65535")
+    return int(text)
+
+
 def _complain(command: str, text: str, status: int) -> int:
     print(f"microbatch {command}: {text}", file=sys.stderr)
     return status
@@ -88,11 +156,13 @@ def _complain(command: str, text: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="microbatch", description="Micro-batching for PostgreSQL: try it, load a file, prepare a database."
+        prog="microbatch",
+        description="Micro-batching for PostgreSQL: try it, load a file, serve it, prepare a database.",
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_load(commands)
+    _add_serve(commands)
     _add_init_db(commands)
     return parser
 
@@ -147,6 +217,25 @@ def _add_batch_options(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="seconds until a row gives up, retries included (default: 60)",
     )
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve jobs over HTTP",
+        description="Take jobs over HTTP, and write them in batches.",
+        epilog=_SERVE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.set_defaults(run=_serve)
+    for title, options in _SERVE_OPTIONS.items():
+        group = serve.add_argument_group(title)
+        for flag, metavar, text in options:
+            name = "MICROBATCH_" + flag.strip("-").upper().replace("-", "_")
+            if metavar:
+                group.add_argument(flag, dest=name, metavar=metavar, help=text)
+            else:
+                group.add_argument(flag, dest=name, action="store_const", const="1", help=text)
 
 
 def _add_init_db(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,15 @@
+"""Micro-batching as an HTTP service: `microbatch serve`, or `gunicorn 'microbatch.service:create_app()'`."""
+
+from __future__ import annotations
+
+from microbatch.errors import MissingExtra
+
+try:
+    import flask  # noqa: F401
+except ImportError as error:
+    raise MissingExtra("pip install 'microbatch[service]'") from error
+
+from .app import create_app
+from .settings import ServiceError
+
+__all__ = ["ServiceError", "create_app"]

@@ -1,0 +1,150 @@
+"""`microbatch serve`: the application under waitress, until somebody stops it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import psycopg
+from flask import Flask
+
+from microbatch._database import one_line
+from microbatch._terminal import CommandError
+from microbatch.embedded import EmbeddedPostgres
+from microbatch.errors import MicrobatchError, MissingExtra
+
+from .app import make_app
+from .bodies import MAX_BYTES
+from .security import is_loopback
+from .settings import Settings, settings_from
+
+_LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
+_TICK = 0.02
+
+
+def serve(host: str, port: int, threads: int, settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; then drain, answer who waits, and return the exit status."""
+    try:
+        from waitress import create_server  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtra("pip install 'microbatch[service]'") from error
+
+    _check_address(host, settings)
+    app = _make(settings)
+    try:
+        server = create_server(
+            app,
+            host=host,
+            port=port,
+            threads=threads,
+            ident=None,
+            max_request_body_size=4 * MAX_BYTES,
+            channel_timeout=30,
+            cleanup_interval=5,
+            clear_untrusted_proxy_headers=True,
+        )
+    except OSError as error:
+        _stop(app)
+        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    _announce(app, server, settings)
+    stopper = _Stopper(app, server)
+    with stopper:
+        server.run()
+    _stop(app)
+    return 0
+
+
+class _Stopper:
+    """Turns the first signal into an orderly end, and the second one into a quick one.
+
+    The server goes on while the batcher drains, so that requests that wait get their answers; new jobs are refused.
+    """
+
+    def __init__(self, app: Flask, server: Any) -> None:
+        self._jobs = app.extensions["microbatch.jobs"]
+        self._server = server
+        self._signals = 0
+        self._may_end = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._may_end or self._signals > 1:
+            raise SystemExit
+        threading.Thread(target=self._drain, name="microbatch-serve-stop", daemon=True).start()
+
+    def _drain(self) -> None:
+        try:
+            self._jobs.shutdown()
+            _until(lambda: not self._is_busy(), _LAST_ANSWERS)
+        finally:
+            self._may_end = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def _is_busy(self) -> bool:
+        channels = list(self._server.active_channels.values())
+        return any(channel.requests or channel.total_outbufs_len for channel in channels)
+
+
+def _check_address(host: str, settings: Settings) -> None:
+    if not is_loopback(host) and settings.token is None and not settings.insecure:
+        raise CommandError(
+            f"--host {host} lets other machines in: set MICROBATCH_TOKEN, which their requests then have to show"
+            " (or say --insecure)"
+        )
+
+
+def _make(settings: Settings) -> Flask:
+    try:
+        return make_app(settings)
+    except psycopg.Error as error:
+        raise CommandError(f"cannot prepare the database: {one_line(error)}") from None
+    except MissingExtra:
+        raise
+    except (MicrobatchError, ValueError, TypeError) as error:
+        raise CommandError(one_line(error)) from None
+
+
+def _announce(app: Flask, server: Any, settings: Settings) -> None:
+    own: EmbeddedPostgres | None = app.extensions.get("microbatch.server")
+    port = server.effective_port
+    host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
+    lines = [f"microbatch serves on http://{host}:{port}/"]
+    if own is not None:
+        lines.append("the database is a server of its own, and ends with this process: nothing is kept")
+    if settings.admin_token is None:
+        lines.append(f"admin token, for POST /shutdown: {app.extensions['microbatch.admin_token']}")
+    print("\n".join(lines), flush=True)
+
+
+def _stop(app: Flask) -> None:
+    app.extensions["microbatch.jobs"].shutdown()
+    own: EmbeddedPostgres | None = app.extensions.get("microbatch.server")
+    if own is not None:
+        own.stop()
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(_TICK)
+
+
+def settings_of(environ: dict[str, str]) -> Settings:
+    """Settings, or a `CommandError`."""
+    try:
+        return settings_from(environ)
+    except (MicrobatchError, ValueError, TypeError) as error:
+        raise CommandError(one_line(error)) from None
