@@ -124,7 +124,12 @@ def _load(arguments: argparse.Namespace) -> int:
 def _init_db(arguments: argparse.Namespace) -> int:
     from microbatch._database import conninfo_of, ledger_ddl, make_ledger
 
-    print(make_ledger(conninfo_of(arguments.dsn)) if arguments.apply else ledger_ddl())
+    if arguments.service:
+        from microbatch.service.server import make_store, store_ddl
+
+        print(make_store(conninfo_of(arguments.dsn)) if arguments.apply else store_ddl())
+    else:
+        print(make_ledger(conninfo_of(arguments.dsn)) if arguments.apply else ledger_ddl())
     if arguments.dsn is not None and not arguments.apply:
         return _complain(arguments.command, "nothing was applied: that takes --apply", 0)
     return 0
@@ -250,6 +255,7 @@ def _add_init_db(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option = init_db.add_argument
     option("--dsn", help=_DSN_HELP)
     option("--apply", action="store_true", help="create the table, if it is not there, instead of printing the DDL")
+    option("--service", action="store_true", help="the tables of `microbatch serve` in place of the commit guard's")
 
 
 def _count(text: str) -> int:

@@ -21,7 +21,7 @@ from .bodies import MAX_BYTES
 from .ids import Ids
 from .jobs import Jobs
 from .problems import Problem
-from .routes import blueprint
+from .routes import TOO_LARGE, blueprint
 from .security import Gate, harden
 from .settings import LOOPBACK, ServiceError, Settings, settings_from
 from .store import MemoryStore, PostgresStore, Store, make_tables, shared_secret
@@ -92,7 +92,8 @@ def create_app(
 def make_app(settings: Settings) -> Flask:
     """The same, out of settings."""
     app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
+    # One more than is accepted: of a body without a length the rest is cut off silently, and not refused.
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]
     conninfo = settings.dsn if settings.dsn is not None else _own_server(app)
     jobs = _jobs(settings, conninfo)
@@ -159,7 +160,7 @@ def _http_error(error: HTTPException) -> Response:
     detail = {
         404: "There is nothing at this address; /openapi.json lists what there is.",
         405: "This address does not take that method.",
-        413: f"The body is larger than {MAX_BYTES // 1024} KiB.",
+        413: TOO_LARGE,
     }.get(status, "The request cannot be understood.")
     return Problem(status, kind, detail, headers=headers).response()
 

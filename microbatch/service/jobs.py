@@ -29,7 +29,7 @@ _log = logging.getLogger("microbatch.service")
 
 _GRACE = 5.0  # seconds that a job may be past its deadline before it counts as lost
 _FAILING = 3  # batches in a row, after which no more jobs are taken while others find out
-_LOST = Failure(LOST, "The process that had the job ended before the job's turn, and nothing was written: try again.")
+_LOST = Failure(LOST, "The job's process ended, or its answer was lost on the way; nothing was written: try again.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, request
 
-from .bodies import BadBody, read_json
+from .bodies import MAX_BYTES, BadBody, read_json
 from .columns import BadJob, texts_of
 from .failures import HTTP_STATUS
 from .jobs import Answer, Jobs
@@ -23,6 +23,7 @@ ACCEPTED = "Job accepted and will be processed in the next batch."
 SHUT_DOWN = "System shut down successfully."
 MAX_JOBS = 1000  # of one request
 MAX_WAIT = 60.0  # seconds
+TOO_LARGE = f"The body is larger than {MAX_BYTES // 1024} KiB."
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _WAIT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
@@ -32,6 +33,7 @@ blueprint = Blueprint("service", __name__)
 
 @blueprint.post("/submit-job")
 def submit_job() -> Response:
+    _check_store()
     seconds = _seconds_to_wait()
     key = _idempotency_key()
     body = _body()
@@ -94,13 +96,22 @@ def _jobs() -> Jobs:
     return jobs
 
 
+def _check_store() -> None:
+    if request.environ.get("wsgi.multiprocess") and not _jobs().store.is_shared:
+        detail = "Several worker processes cannot keep outcomes in memory: set MICROBATCH_STORE=postgres."
+        raise unavailable("store-not-shared", detail, 60)
+
+
 def _body() -> Any:
     if request.mimetype != "application/json":
         raise Problem(415, "unsupported-media-type", "Send the body as Content-Type: application/json.")
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise Problem(415, "unsupported-media-type", "Send the body without a Content-Encoding.")
+    data = request.get_data(cache=False)
+    if len(data) > MAX_BYTES:
+        raise Problem(413, "request-entity-too-large", TOO_LARGE)
     try:
-        return read_json(request.get_data(cache=False))
+        return read_json(data)
     except BadBody as error:
         raise bad_request(str(error)) from None
 

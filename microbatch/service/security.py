@@ -69,7 +69,9 @@ class Gate:
     def _check_origin(self, request: Request) -> None:
         origin = request.headers.get("Origin")
         is_foreign = origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower()
-        if is_foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
+        # A link to here on another site's page is followed; its scripts, forms and images are not answered.
+        fetch, mode = request.headers.get("Sec-Fetch-Site"), request.headers.get("Sec-Fetch-Mode")
+        if is_foreign or (fetch == "cross-site" and mode != "navigate"):
             raise Problem(403, "foreign-origin", "Pages of other sites may not call this service.")
 
     def _check_address(self, request: Request) -> None:

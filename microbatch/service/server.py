@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 from flask import Flask
 
-from microbatch._database import one_line
+from microbatch._database import connect, one_line
 from microbatch._terminal import CommandError
 from microbatch.embedded import EmbeddedPostgres
 from microbatch.errors import MicrobatchError, MissingExtra
@@ -21,6 +21,7 @@ from .app import make_app
 from .bodies import MAX_BYTES
 from .security import is_loopback
 from .settings import Settings, settings_from
+from .store import DDL, SECRET_TABLE, STATUS_TABLE, make_tables
 
 _LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
 _TICK = 0.02
@@ -140,6 +141,22 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not condition() and time.monotonic() < give_up:
         time.sleep(_TICK)
+
+
+def store_ddl() -> str:
+    """What creates the status store, as a script."""
+    tables = f"{STATUS_TABLE}, {SECRET_TABLE}"
+    return f"{DDL};\n-- For the role of the service: GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO ...;"
+
+
+def make_store(conninfo: str) -> str:
+    """Create the status store where it is missing, and say so; `CommandError` says why not."""
+    with connect(conninfo) as connection:
+        try:
+            make_tables(connection)
+        except MicrobatchError as error:
+            raise CommandError(one_line(error)) from None
+    return f"{STATUS_TABLE} and {SECRET_TABLE} are there"
 
 
 def settings_of(environ: dict[str, str]) -> Settings:
