@@ -21,7 +21,8 @@ from .app import make_app
 from .bodies import MAX_BYTES
 from .security import is_loopback
 from .settings import Settings, settings_from
-from .store import DDL, SECRET_TABLE, STATUS_TABLE, make_tables
+from .store import DDL, SECRET_TABLE, make_tables
+from .writer import STATUS_TABLE
 
 _LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
 _TICK = 0.02

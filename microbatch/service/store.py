@@ -23,11 +23,10 @@ from microbatch.processors.postgres import PostgresProcessor
 
 from .failures import Failure
 from .settings import ServiceError
-from .writer import FAILED
+from .writer import FAILED, STATUS_TABLE
 
 _log = logging.getLogger("microbatch.service")
 
-STATUS_TABLE = "microbatch_status"
 SECRET_TABLE = "microbatch_secret"
 DDL = f"""\
 CREATE TABLE IF NOT EXISTS {STATUS_TABLE} (

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from microbatch.processors.postgres import PostgresProcessor
@@ -15,6 +16,7 @@ from .failures import KEY_REUSED, Failure, NotCompleted
 from .table import Table
 
 COMPLETED, FAILED = "completed", "failed"
+STATUS_TABLE = "microbatch_status"
 
 _REUSED = Failure(KEY_REUSED, "Another body was sent under this Idempotency-Key.")
 
@@ -49,6 +51,12 @@ class RowWriter(PostgresProcessor):
         )
         return [_result(answer) for answer in super().process(translated)]
 
+    def is_retryable(self, error: BaseException) -> bool:
+        """See `PostgresProcessor`; also where another transaction has written the same entry meanwhile."""
+        if isinstance(error, psycopg.errors.UniqueViolation) and error.diag.table_name == STATUS_TABLE:
+            return True  # the next attempt sees that entry
+        return super().is_retryable(error)
+
 
 def _result(answer: Any) -> str | Exception:
     if isinstance(answer, Exception):
@@ -70,8 +78,8 @@ def storing_statement(table: Table, store: sql.Composable, kept: float) -> sql.C
     """Writes a row and its entry in *store*, unless the store knows the job or its key; *kept* in seconds.
 
     The unique index on the key, and that on the id, see to it that two transactions at once cannot both write: the
-    second one fails with its whole statement, and finds the entry when it is tried again by itself. Each job clears
-    away two old entries, so that the store does not grow with time.
+    second one fails with its whole statement, and finds the entry when it is tried again. Each job clears away two
+    old entries, so that the store does not grow with time.
     """
     return sql.SQL(
         """
