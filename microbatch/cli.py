@@ -55,12 +55,13 @@ MICROBATCH_SECRET, which signs job ids (without it the database keeps one).
 
 The first SIGTERM or Ctrl-C refuses new jobs, finishes those there are, and ends.
 """
-_SERVE_NUMBERS = {"MICROBATCH_PORT": 3000, "MICROBATCH_THREADS": 32}
+_SERVE_NUMBERS = {"MICROBATCH_PORT": 3000, "MICROBATCH_THREADS": 32, "MICROBATCH_READ_TIMEOUT": 30}
 _SERVE_OPTIONS = {
     "service": (
         ("--host", "ADDRESS", "where to listen (default: 127.0.0.1); another machine's way in takes a token"),
         ("--port", "N", "0 takes a free one (default: 3000)"),
         ("--threads", "N", "requests at a time, those that wait included (default: 32)"),
+        ("--read-timeout", "S", "whole seconds in which a request has to be here (default: 30)"),
         ("--allowed-hosts", "A,B", "names that requests may call the service by, besides localhost; * for any"),
         ("--insecure", "", "without a token, answer other machines as well"),
         ("--max-client-jobs", "N", "outstanding jobs of one client address (default: half of --max-outstanding)"),
@@ -143,11 +144,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         if name.startswith("MICROBATCH_") and value is not None:
             environ[name] = value
     host = environ.get("MICROBATCH_HOST") or "127.0.0.1"
-    port, threads = (_from_environment(environ, name, default) for name, default in _SERVE_NUMBERS.items())
-    return serve(host, port, threads, settings_of(environ))
+    port, threads, timeout = (_whole(environ, name, default) for name, default in _SERVE_NUMBERS.items())
+    return serve(host, port, max(1, threads), max(1, timeout), settings_of(environ))
 
 
-def _from_environment(environ: dict[str, str], name: str, default: int) -> int:
+def _whole(environ: dict[str, str], name: str, default: int) -> int:
     text = environ.get(name, "").strip() or str(default)
     if not text.isdecimal() or not int(text) <= 65535:
         raise CommandError(f"{name}={text!r} is not a whole number up to 65535")

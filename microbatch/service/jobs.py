@@ -129,10 +129,10 @@ class Jobs:
             return _of_entry(entry)
         return self._without_entry(job_id)
 
-    def shutdown(self) -> ShutdownReport:
-        """Stop taking jobs, and return when all have their outcome; blocks up to `delivery_timeout`."""
+    def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Stop taking jobs, and return when all have their outcome; blocks up to `delivery_timeout`, or *timeout*."""
         self._is_open = False
-        report = self.batcher.shutdown()
+        report = self.batcher.shutdown(timeout=timeout)
         self.store.flush(_GRACE)
         return report
 

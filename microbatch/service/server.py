@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -28,36 +29,40 @@ _LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
 _TICK = 0.02
 
 
-def serve(host: str, port: int, threads: int, settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C; then drain, answer who waits, and return the exit status."""
+def serve(host: str, port: int, threads: int, read_timeout: int, settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; then drain, answer who waits, and return the exit status.
+
+    Args:
+        read_timeout: seconds in which a request has to be here.
+    """
     try:
         from waitress import create_server  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtra("pip install 'microbatch[service]'") from error
 
     _check_address(host, settings)
-    app = _make(settings)
-    try:
-        server = create_server(
-            app,
-            host=host,
-            port=port,
-            threads=threads,
-            ident=None,
-            max_request_body_size=4 * MAX_BYTES,
-            channel_timeout=30,
-            cleanup_interval=5,
-            clear_untrusted_proxy_headers=True,
-        )
-    except OSError as error:
-        _stop(app)
-        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-    _announce(app, server, settings)
-    stopper = _Stopper(app, server)
-    with stopper:
-        server.run()
-    _stop(app)
-    return 0
+    with _listening(host, port) as listening:
+        app = _make(settings)
+        try:
+            server = create_server(
+                app,
+                sockets=[listening],
+                threads=threads,
+                ident=None,
+                max_request_body_size=4 * MAX_BYTES,
+                channel_timeout=read_timeout,
+                cleanup_interval=max(1, read_timeout // 4),
+                clear_untrusted_proxy_headers=True,
+            )
+            server.channel_class = _channel_class(read_timeout)
+            _announce(app, server, settings)
+            with _Stopper(app, server) as stopper:
+                server.run()
+            if stopper.is_hurried:
+                app.extensions["microbatch.jobs"].shutdown(timeout=0.0)
+        finally:
+            _stop(app)
+    return 130 if stopper.is_hurried else 0
 
 
 class _Stopper:
@@ -70,20 +75,33 @@ class _Stopper:
         self._jobs = app.extensions["microbatch.jobs"]
         self._server = server
         self._signals = 0
-        self._may_end = False
+        self._is_drained = False
         self._before: dict[int, Any] = {}
+        # Guards the end: afterwards no signal is sent any more.
+        self._lock = threading.Lock()
+        self._is_over = False
 
-    def __enter__(self) -> None:
+    @property
+    def is_hurried(self) -> bool:
+        """Whether a second signal came while jobs were under way."""
+        return self._signals > 1 and not self._is_drained
+
+    def __enter__(self) -> _Stopper:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
+        return self
 
     def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._is_over = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_drained:
+            raise SystemExit
         self._signals += 1
-        if self._may_end or self._signals > 1:
+        if self.is_hurried:
             raise SystemExit
         threading.Thread(target=self._drain, name="microbatch-serve-stop", daemon=True).start()
 
@@ -92,8 +110,10 @@ class _Stopper:
             self._jobs.shutdown()
             _until(lambda: not self._is_busy(), _LAST_ANSWERS)
         finally:
-            self._may_end = True
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            with self._lock:
+                if not self._is_over:
+                    self._is_drained = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _is_busy(self) -> bool:
         channels = list(self._server.active_channels.values())
@@ -106,6 +126,40 @@ def _check_address(host: str, settings: Settings) -> None:
             f"--host {host} lets other machines in: set MICROBATCH_TOKEN, which their requests then have to show"
             " (or say --insecure)"
         )
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    error: OSError | None = None
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                return socket.create_server(address[:2], family=family, backlog=1024)
+            except OSError as failure:
+                error = failure
+    except OSError as failure:
+        error = failure
+    why = "no such address" if error is None else error.strerror
+    raise CommandError(f"cannot listen on {host} port {port}: {why}")
+
+
+def _channel_class(read_timeout: int) -> Any:
+    from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
+
+    class Channel(HTTPChannel):  # type: ignore[misc]
+        """Hangs up on a request that trickles in; on one that stops, waitress does."""
+
+        _began = 0.0
+
+        def received(self, data: bytes) -> bool:
+            now = time.monotonic()
+            if self.request is None:
+                self._began = now
+            elif now - self._began > read_timeout:
+                self.will_close = True
+                return False
+            return bool(super().received(data))
+
+    return Channel
 
 
 def _make(settings: Settings) -> Flask:
