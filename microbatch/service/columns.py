@@ -16,6 +16,8 @@ _FLOATS = ("float4", "float8")
 _TEXTS = ("varchar", "bpchar")
 _JSONS = ("json", "jsonb")
 
+_NO_NUL = "^[^\\u0000]*$"  # of half a surrogate pair, which no JSON text should contain, a pattern cannot speak
+
 Schema = dict[str, Any]
 
 
@@ -66,8 +68,8 @@ class Column:
         if self.base in _JSONS:
             return {}
         if self.length is not None:
-            return {"type": "string", "maxLength": self.length}
-        return {"type": "string"}
+            return {"type": "string", "maxLength": self.length, "pattern": _NO_NUL}
+        return {"type": "string", "pattern": _NO_NUL}
 
     def row_schema(self) -> Schema:
         """The JSON Schema of its values, as a result has them."""

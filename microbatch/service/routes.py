@@ -26,7 +26,7 @@ MAX_WAIT = 60.0  # seconds
 TOO_LARGE = f"The body is larger than {MAX_BYTES // 1024} KiB."
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_WAIT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+_WAIT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 
 blueprint = Blueprint("service", __name__)
 

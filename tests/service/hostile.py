@@ -13,6 +13,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 from .serving import PATIENCE, serving
@@ -68,7 +69,7 @@ def encoding(rng: random.Random) -> bytes:
         return good.encode(rng.choice(["utf-16", "utf-32", "utf-16-le", "utf-8-sig"]))
     if kind == 1:
         data = bytearray(good.encode())
-        data[rng.randrange(len(data))] = rng.choice([0xFF, 0xC0, 0x80, 0xFE])
+        data[rng.randrange(len(data))] = rng.choice([0xFF, 0xC0, 0xFE])
         return bytes(data)
     if kind == 2:
         return rng.randbytes(rng.randrange(1, 2000))
@@ -134,15 +135,14 @@ def bodies(count: int, seed: int = 0) -> Iterator[Body]:
 def attack(port: int, pid: int, count: int, seed: int = 0) -> tuple[Counter[int], int]:
     """Send them; the answers by code, and by how many KiB the service grew after a fifth of them."""
     codes: Counter[int] = Counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     before = 0
-    for index, (body, headers) in enumerate(bodies(count, seed)):
-        if index == int(count * WARM_UP):
-            before = resident(pid)
-        code = _send(connection, body, headers)
-        codes[code] += 1
-        assert 400 <= code < 500, f"{code} for body {index} of seed {seed}: {headers} {body[:200]!r}"
-    connection.close()
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        for index, (body, headers) in enumerate(bodies(count, seed)):
+            if index == int(count * WARM_UP):
+                before = resident(pid)
+            code = _send(connection, body, headers)
+            codes[code] += 1
+            assert 400 <= code < 500, f"{code} for body {index} of seed {seed}: {headers} {body[:200]!r}"
     return codes, resident(pid) - before
 
 
@@ -152,9 +152,9 @@ def _send(connection: http.client.HTTPConnection, body: bytes, headers: dict[str
     told = response.read()
     if response.headers.get("Connection") == "close":
         connection.close()
-    problem = json.loads(told)
-    assert problem["status"] == response.status
-    assert response.headers["Content-Type"] == "application/problem+json"
+    if response.status >= 400:
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert json.loads(told)["status"] == response.status
     return response.status
 
 
