@@ -69,7 +69,7 @@ _SERVE_OPTIONS = {
     "database": (
         ("--dsn", "DSN", "the server (default: one of its own, which keeps nothing)"),
         ("--table", "T", "written as in SQL (default: payment_transactions, created where it is missing)"),
-        ("--columns", "A,B", "what a job gives (default: the columns that a row cannot do without)"),
+        ("--columns", "A,B", "what a job gives (default: the columns that have no default)"),
         ("--store", "KIND", "where outcomes are kept: postgres (default), or memory"),
         ("--status-ttl", "S", "seconds for which an outcome is kept (default: 3600)"),
     ),

@@ -57,7 +57,7 @@ def create_app(
     Args:
         dsn: the database; without one an embedded server is started, which ends with this process.
         table: written as in SQL. Without one it is `payment_transactions`, created where it is missing.
-        columns: what a job gives. By default those that a row cannot do without.
+        columns: what a job gives, all of it each time. By default the columns that have no default.
         store: `"postgres"`: outcomes are kept in a table that every worker process reads. `"memory"`: for one process.
         status_ttl: seconds for which an outcome is kept, at least.
         token: what every request has to show, except for `/healthz` and `/readyz`.

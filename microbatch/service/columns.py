@@ -156,9 +156,9 @@ def texts_of(job: Any, columns: Mapping[str, Column]) -> tuple[str | None, ...]:
     if not isinstance(job, dict):
         raise BadJob("A job must be a JSON object.")
     if unknown := sorted(job.keys() - columns.keys()):
-        raise BadJob(f"Unknown: {_listed(unknown)}. A job has {_listed(columns)}.")
+        raise BadJob(f"Unknown: {_listed(unknown)}.")
     if missing := [name for name in columns if name not in job]:
-        raise BadJob(f"Missing: {_listed(missing)}. A job has {_listed(columns)}.")
+        raise BadJob(f"Missing: {_listed(missing)}.")
     return tuple(column.text(job[name]) for name, column in columns.items())
 
 

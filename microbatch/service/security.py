@@ -18,6 +18,7 @@ from .problems import Problem
 OPEN_TO_ALL = ("service.healthz", "service.readyz")
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-_]+)(?::[0-9]{1,5})?")
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -75,7 +76,9 @@ class Gate:
             raise Problem(403, "foreign-origin", "Pages of other sites may not call this service.")
 
     def _check_address(self, request: Request) -> None:
-        if not self._insecure and not is_loopback(request.remote_addr or "127.0.0.1"):
+        # A proxy on this machine is no reason to trust whom it speaks for.
+        is_forwarded = any(name in request.headers for name in _FORWARDED)
+        if not self._insecure and (is_forwarded or not is_loopback(request.remote_addr or "127.0.0.1")):
             detail = "Without a token this service answers its own machine only: set MICROBATCH_TOKEN."
             raise Problem(403, "not-local", detail)
 

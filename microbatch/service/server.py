@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -41,6 +43,8 @@ def serve(host: str, port: int, threads: int, read_timeout: int, settings: Setti
         raise MissingExtra("pip install 'microbatch[service]'") from error
 
     _check_address(host, settings)
+    settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with _listening(host, port) as listening:
         app = _make(settings)
         try:
@@ -52,7 +56,7 @@ def serve(host: str, port: int, threads: int, read_timeout: int, settings: Setti
                 max_request_body_size=4 * MAX_BYTES,
                 channel_timeout=read_timeout,
                 cleanup_interval=max(1, read_timeout // 4),
-                clear_untrusted_proxy_headers=True,
+                clear_untrusted_proxy_headers=False,  # the gate wants to see them
             )
             server.channel_class = _channel_class(read_timeout)
             _announce(app, server, settings)

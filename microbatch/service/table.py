@@ -54,7 +54,7 @@ def create_default_table(connection: psycopg.Connection[Any]) -> None:
 
 
 def find_table(connection: psycopg.Connection[Any], name: str | None, columns: Sequence[str] | None) -> Table:
-    """Look the table up; *columns* None takes the default table's, or every one that a row cannot do without.
+    """Look the table up; *columns* None takes the default table's, or every one without a default.
 
     Raises:
         ServiceError: a name that cannot be, no such table, or columns that do not fit.
@@ -66,6 +66,8 @@ def find_table(connection: psycopg.Connection[Any], name: str | None, columns: S
         _check_name(each)
     oid, identifier = _resolve(connection, name)
     found = tuple(_column(*row) for row in connection.execute(_COLUMNS, [oid]).fetchall())
+    for column in found:
+        _check_name(column.name)
     if columns is None:
         columns = [column.name for column in found if not column.has_default and not column.is_generated]
     known = {column.name: column for column in found}

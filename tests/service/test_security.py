@@ -105,6 +105,14 @@ def test_without_a_token_other_machines_are_refused(
     assert client.get("/healthz", environ_overrides=remote).status_code == 200
 
 
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP"])
+def test_without_a_token_whom_a_proxy_speaks_for_is_refused(
+    make_app: Callable[..., Flask], client: FlaskClient, header: str
+) -> None:
+    forwarded = client.post("/submit-job", json=JOB, headers={header: "127.0.0.1"})
+    assert_problem(forwarded, 403, "not-local")
+
+
 def test_insecure_lets_other_machines_in(make_app: Callable[..., Flask]) -> None:
     client = make_app(insecure=True).test_client()
     response = client.post("/submit-job?wait=20", json=JOB, environ_overrides={"REMOTE_ADDR": "10.0.0.1"})
