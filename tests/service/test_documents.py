@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from flask import Flask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from microbatch import service
 from microbatch.service.columns import BadJob, Column
+from microbatch.service.failures import HTTP_STATUS
 from service import clients, hostile, schemas
 from service.answers import JOB
 from service.serving import serving
@@ -111,6 +115,26 @@ def test_answers_are_what_the_document_says(app: Flask) -> None:
     check("Row", completed["result"])
     check("Statuses", client.post("/submit-job?wait=20", json=[JOB, JOB]).get_json())
     check("Problem", client.post("/submit-job", json={}).get_json())
+
+
+def kinds_in_the_code() -> set[str]:
+    """The last part of every problem's type."""
+    found = {"not-found", *HTTP_STATUS}
+    for path in Path(service.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "unavailable"):
+                texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                found |= {text for text in texts[:2] if isinstance(text, str) and " " not in text}
+    return found
+
+
+def test_the_page_has_every_problem_and_no_other() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "service.rst").read_text("utf-8")
+    table = text[text.index("``type``  ") : text.index("A job without ``wait`` is answered")]
+    lines = [line for line in table.splitlines()[2:] if re.match(r"\d{3} ", line)]
+    said = {word for line in lines for word in re.findall(r"``([a-z-]+)``", line[:58])}
+
+    assert said == kinds_in_the_code()
 
 
 # The commands, shortened.
