@@ -201,12 +201,12 @@ def load(port: int, clients: int, seconds: float, run: str, process: subprocess.
     return seen
 
 
-def ask_every_worker(port: int, workers: int, seen: Seen) -> int:
-    """Ask every worker for some of the jobs, and any for all; returns how many worker processes answered."""
+def ask_every_worker(port: int, workers: int, seen: Seen, sample: int) -> int:
+    """Ask every worker for a *sample* of the jobs, and any for all; returns how many worker processes answered."""
     for tag, job_id in seen.answered().items():
         _assert_completed(port, tag, job_id)
     found: set[str] = set()
-    for tag, job_id in random.Random(0).sample(sorted(seen.answered().items()), min(SAMPLE, len(seen.answered()))):
+    for tag, job_id in random.Random(0).sample(sorted(seen.answered().items()), min(sample, len(seen.answered()))):
         asked: set[str] = set()
         for _ in range(200 * workers):
             asked.add(_assert_completed(port, tag, job_id))
@@ -253,12 +253,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
     assert process.wait(PATIENCE) == 0, f"gunicorn ended with {process.returncode}"
 
 
-def trial(database: str, workers: int, clients: int, seconds: float, directory: Path) -> list[str]:
+def trial(
+    database: str, workers: int, clients: int, seconds: float, directory: Path, sample: int = SAMPLE
+) -> list[str]:
     """Both runs; what there is to say about them."""
     said = []
     with gunicorn(database, workers, directory / "calm.log") as (port, process):
         seen = load(port, clients, seconds, "calm")
-        answering = ask_every_worker(port, workers, seen)
+        answering = ask_every_worker(port, workers, seen, sample)
         figures = compare(database, seen, "calm")
         end(process)
     said.append(f"calm: {dict(figures)}, {dict(seen.codes)}, statuses found on {answering} workers")

@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 from proxy import Harm, Message, Once, Proxy, behind_commit, is_commit
 
-from microbatch.service import create_app
+from microbatch.service import create_app, store
 from microbatch.service.failures import LOST, NotCompleted
 from microbatch.service.ids import Ids
 from microbatch.service.writer import Submission
@@ -191,10 +191,11 @@ def test_outcomes_that_this_process_forgot_are_in_the_store(make_app: Callable[.
 
 
 @pytest.fixture
-def proxied(make_app: Callable[..., Flask], shared_database: str) -> Iterator[tuple[Proxy, Flask]]:
+def proxied(shared_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, Flask]]:
     """An application whose way to the database can be cut."""
+    monkeypatch.setattr(store, "_READ_SECONDS", 1.0)
     with Proxy(shared_database) as proxy:
-        app = create_app(proxy.conninfo, delivery_timeout=3.0)
+        app = create_app(proxy.conninfo, delivery_timeout=1.5)
         yield proxy, app
         proxy.refuses, proxy.plan = False, None
         app.extensions["microbatch.jobs"].shutdown()
