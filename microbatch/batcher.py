@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar, overload
 
 from .collector import NEVER
 from .core import Core, Processor
-from .errors import BatcherClosed
 from .events import Event, JobSubmitted
 from .job import Job, JobFuture, JobStatus
 from .life import finish_without_threads, start_threads, wait_for_all, wait_for_finish
@@ -180,7 +179,7 @@ class MicroBatcher(Generic[J, R]):
             record = Job(job, JobFuture(core), 0, now, now + self._lifetime)
             submit_timeout = self._submit_timeout
         if not core.ready:
-            self._start()
+            self._start(1)
         future = core.admit(record, submit_timeout, job_id)
         if core.listeners.any() and future is record.future:
             self._tell_submitted(job, future, priority)
@@ -207,7 +206,7 @@ class MicroBatcher(Generic[J, R]):
         if not records:
             return []
         if not core.ready:
-            self._start()
+            self._start(len(records))
         core.admit_all(records, self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout)
         futures = [record.future for record in records]
         if core.listeners.any():
@@ -366,9 +365,9 @@ class MicroBatcher(Generic[J, R]):
         now = core.clock()
         return Job(job, JobFuture(core), priority, now, NEVER if lifetime is None else now + lifetime)
 
-    def _start(self) -> None:
+    def _start(self, jobs: int) -> None:
         if self._core.closed:
-            raise BatcherClosed("the batcher is shut down: the job was not accepted")
+            raise self._core.refuse_closed(jobs)
         self._core.start_threads()
 
     def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:

@@ -168,7 +168,7 @@ class Core:
         """Accept *job*, waiting for a place if need be; a taken *job_id* gives the future it has."""
         with self.lock:
             if self.closed:
-                raise BatcherClosed("the batcher is shut down: the job was not accepted")
+                raise self.refuse_closed(1)
             if job_id is not None:
                 taken = self.registry.taken(job_id, job.submitted)
                 if taken is not None:
@@ -204,7 +204,7 @@ class Core:
         """Accept all *jobs* or none."""
         if len(jobs) > self.bound:
             with self.lock:
-                self.counters.rejected += len(jobs)
+                self.counters.rejections["too_many"] += len(jobs)
             raise QueueFull(
                 f"{len(jobs)} jobs can never fit at once into max_outstanding={self.bound}: "
                 "submit them in slices, or raise max_outstanding"
@@ -236,7 +236,8 @@ class Core:
 
     def _wait_for_places(self, need: int, timeout: float, accept: Callable[[], bool | None]) -> bool:
         """Try *accept* until it says something, waiting for places in between; False if it said None."""
-        give_up = self.clock() + timeout
+        began = self.clock()
+        give_up = began + timeout
         token: SimpleQueue[None] = SimpleQueue()
         waiter = (need, token)
         nested = self.lock._is_owned()  # type: ignore[attr-defined]
@@ -246,7 +247,7 @@ class Core:
             while True:
                 with self.lock:
                     if self.closed:
-                        raise BatcherClosed("the batcher is shut down: the job was not accepted")
+                        raise self.refuse_closed(need)
                     accepted = accept()
                     if accepted is not False:
                         # Not left to `finally`: an interruption there would leave a place kept for nobody.
@@ -254,11 +255,11 @@ class Core:
                         return accepted is not None
                     left = give_up - self.clock()
                     if not may_wait or left <= 0:
-                        self.counters.rejected += need
-                        raise QueueFull(self._full_message(need, timeout if may_wait else 0.0))
+                        raise self._refuse_full(need, timeout if may_wait else 0.0)
                     if not in_line:
                         self.blocked.append(waiter)
                         in_line = True
+                        self.counters.blocked_submits += 1
                     if self.intake.dead and len(self.outstanding) + need <= self.bound:
                         # The queue's own bound: the dead in it give up their places only when they are swept.
                         self.ring_supervisor()
@@ -271,6 +272,9 @@ class Core:
             with self.lock:
                 self._unblock(waiter)
                 self.wake_blocked()
+                if in_line:
+                    now = self.clock()
+                    self.counters.blocked_seconds += now - began
 
     def _unblock(self, waiter: tuple[int, SimpleQueue[None]]) -> None:
         try:
@@ -278,10 +282,18 @@ class Core:
         except ValueError:
             pass
 
-    def _full_message(self, need: int, waited: float) -> str:
+    def refuse_closed(self, need: int) -> BatcherClosed:
+        """Count *need* jobs that come too late; the error for them."""
+        with self.lock:
+            self.counters.rejections["closed"] += need
+        return BatcherClosed("the batcher is shut down: the job was not accepted")
+
+    def _refuse_full(self, need: int, waited: float) -> QueueFull:
+        """Under the lock: the same for *need* jobs without a place."""
         waits = f" for {waited:g} s" if waited else ""
         by_queue = len(self.outstanding) + need <= self.bound
-        return (
+        self.counters.rejections["queue" if by_queue else "full"] += need
+        return QueueFull(
             f"no room for {need} more job{'s' if need > 1 else ''}{waits}: {len(self.outstanding)} outstanding of "
             f"max_outstanding={self.bound}{', and the queue has a bound of its own' if by_queue else ''}; "
             "nothing was accepted. Slow down, or raise the bound"
@@ -637,7 +649,7 @@ class Core:
                 failed=c.failed,
                 cancelled=c.cancelled,
                 unknown=c.unknown,
-                rejected=c.rejected,
+                rejected=c.rejected(),
                 retries=c.retries,
                 isolated=c.isolated,
                 late_results=c.late_results,
@@ -651,6 +663,9 @@ class Core:
                 last_success=None if c.last_success is None else now - c.last_success,
                 queue_wait_seconds=c.queue_wait_seconds,
                 process_seconds=c.process_seconds,
+                rejections=dict(c.rejections),
+                blocked_submits=c.blocked_submits,
+                blocked_seconds=c.blocked_seconds,
             )
 
     # Closing.

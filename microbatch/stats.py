@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 TRIGGERS = ("size", "idle", "linger", "flush", "retry", "shutdown")
+REASONS = ("full", "queue", "too_many", "closed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,10 @@ class Stats:
         last_success: seconds since the last batch that did not fail, None before the first.
         queue_wait_seconds: sum over jobs of the time from submit to the first hand-over.
         process_seconds: sum over batches of the time inside the processor.
+        rejections: jobs refused, by reason: `full` (`max_outstanding`), `queue` (its own bound), `too_many` (for one
+            `submit_many`), `closed` (`BatcherClosed`, which `rejected` leaves out).
+        blocked_submits: calls of `submit` and its kin that had to wait for a place.
+        blocked_seconds: sum over those of their wait, once it is over.
     """
 
     submitted: int
@@ -48,6 +53,9 @@ class Stats:
     last_success: float | None
     queue_wait_seconds: float
     process_seconds: float
+    rejections: Mapping[str, int]
+    blocked_submits: int
+    blocked_seconds: float
 
 
 class Counters:
@@ -59,6 +67,8 @@ class Counters:
     __slots__ = (
         "batch_jobs",
         "batches",
+        "blocked_seconds",
+        "blocked_submits",
         "cancelled",
         "completed",
         "consecutive_failures",
@@ -68,7 +78,7 @@ class Counters:
         "late_results",
         "process_seconds",
         "queue_wait_seconds",
-        "rejected",
+        "rejections",
         "retries",
         "triggers",
         "unknown",
@@ -76,12 +86,17 @@ class Counters:
 
     def __init__(self) -> None:
         self.completed = self.failed = self.cancelled = self.unknown = 0
-        self.rejected = self.retries = self.isolated = self.late_results = 0
+        self.retries = self.isolated = self.late_results = self.blocked_submits = 0
         self.batches = self.batch_jobs = self.consecutive_failures = 0
-        self.queue_wait_seconds = self.process_seconds = 0.0
+        self.queue_wait_seconds = self.process_seconds = self.blocked_seconds = 0.0
         self.last_success: float | None = None
         self.triggers = dict.fromkeys(TRIGGERS, 0)
+        self.rejections = dict.fromkeys(REASONS, 0)
 
     def ended(self) -> int:
         """Jobs that have an outcome."""
         return self.completed + self.failed + self.cancelled + self.unknown
+
+    def rejected(self) -> int:
+        """Jobs that met `QueueFull`."""
+        return self.rejections["full"] + self.rejections["queue"] + self.rejections["too_many"]

@@ -74,10 +74,10 @@ BREAKS = (
         (
             (
                 "        with self.lock:\n            if self.closed:\n"
-                '                raise BatcherClosed("the batcher is shut down: the job was not accepted")\n'
+                "                raise self.refuse_closed(1)\n"
                 "            if job_id is not None:\n                taken",
                 "        if self.closed:\n"
-                '            raise BatcherClosed("the batcher is shut down: the job was not accepted")\n'
+                "            raise self.refuse_closed(1)\n"
                 "        os.sched_yield()\n"
                 "        with self.lock:\n            if job_id is not None:\n                taken",
             ),

@@ -330,6 +330,9 @@ def test_P5_a_full_submit_waits_its_own_time_and_no_longer() -> None:
             gated.batcher.submit("late", submit_timeout=0.05)
         with pytest.raises(QueueFull):
             gated.batcher.submit("later", submit_timeout=0)
+        stats = gated.batcher.stats()
+    assert (stats.rejections["full"], stats.blocked_submits) == (2, 1)
+    assert stats.blocked_seconds >= 0.05
 
 
 def test_a_blocked_submit_goes_on_when_there_is_room() -> None:
@@ -339,7 +342,9 @@ def test_a_blocked_submit_goes_on_when_there_is_room() -> None:
         wait_for_blocked(gated.batcher)
         gated.let_go()
         assert blocked() == "second"
-        assert gated.batcher.stats().rejected == 0
+        stats = gated.batcher.stats()
+    assert (stats.rejected, stats.blocked_submits) == (0, 1)
+    assert 0 < stats.blocked_seconds < PATIENCE
 
 
 def test_P6_a_blocked_submit_is_refused_when_shutdown_begins() -> None:

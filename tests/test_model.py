@@ -479,7 +479,7 @@ class Ledgers:
             assert stats.submitted == len(self.jobs)
             assert (stats.completed, stats.failed) == (counts[COMPLETED], counts[FAILED])
             assert (stats.cancelled, stats.unknown) == (counts[CANCELLED], counts[UNKNOWN])
-            assert stats.rejected == self.rejected
+            assert stats.rejected == self.rejected == sum(stats.rejections.values()) - stats.rejections["closed"]
             assert stats.batches == self.table.calls + self.table.failed_openings + self.lost_batches
             assert stats.isolated == self.table.isolated
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 
 import pytest
 
-from microbatch import MicroBatcher, RetryPolicy, Stats
-from microbatch.stats import TRIGGERS, Counters
+from microbatch import BatcherClosed, MicroBatcher, QueueFull, RetryPolicy, Stats
+from microbatch.stats import REASONS, TRIGGERS, Counters
 from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
 
 
 def test_the_fields_are_the_ones_of_the_contract() -> None:
     assert " ".join(field.name for field in dataclasses.fields(Stats)) == (
         "submitted completed failed cancelled unknown rejected retries isolated late_results outstanding queued "
-        "oldest_age batches batch_jobs triggers consecutive_failures last_success queue_wait_seconds process_seconds"
+        "oldest_age batches batch_jobs triggers consecutive_failures last_success queue_wait_seconds process_seconds "
+        "rejections blocked_submits blocked_seconds"
     )
 
 
@@ -35,10 +37,11 @@ def test_a_snapshot_is_frozen_and_does_not_follow_the_batcher() -> None:
 
 def test_a_new_batcher_has_counted_nothing() -> None:
     stats = MicroBatcher(FaultyProcessor()).stats()
-    zeros = dataclasses.replace(stats, triggers={}, last_success=None)
+    zeros = dataclasses.replace(stats, triggers={}, rejections={}, last_success=None)
     assert {value for value in dataclasses.astuple(zeros) if value not in ({}, None)} == {0}
     assert stats.last_success is None
     assert stats.triggers == dict.fromkeys(TRIGGERS, 0)
+    assert stats.rejections == dict.fromkeys(REASONS, 0)
 
 
 def test_each_outcome_is_counted_as_what_it_is() -> None:
@@ -87,3 +90,33 @@ def test_attempts_after_the_first_are_counted_for_each_job() -> None:
     stats = batcher.stats()
     assert (stats.retries, stats.completed, stats.batches, stats.batch_jobs) == (6, 3, 3, 9)
     assert stats.triggers["retry"] == 2
+
+
+def test_each_refusal_is_counted_by_its_reason() -> None:
+    batcher = InlineBatcher(FaultyProcessor(), max_outstanding=3, queue=queue.Queue(2))
+    with batcher.hold():
+        batcher.submit_many([1, 2])
+        refuse(QueueFull, batcher, [3])
+    with batcher.hold():
+        batcher.submit_many([1, 2])
+        refuse(QueueFull, batcher, [3, 4])
+    refuse(QueueFull, batcher, [1, 2, 3, 4])
+    batcher.shutdown()
+    refuse(BatcherClosed, batcher, [1, 2, 3])
+    with pytest.raises(BatcherClosed):
+        batcher.submit(4)
+    stats = batcher.stats()
+    assert stats.rejections == {"queue": 1, "full": 2, "too_many": 4, "closed": 4}
+    assert stats.rejected == 7
+
+
+def test_what_comes_after_the_shutdown_of_an_unused_batcher_is_counted() -> None:
+    batcher = MicroBatcher[int, int](FaultyProcessor())
+    batcher.shutdown()
+    refuse(BatcherClosed, batcher, [1, 2])
+    assert batcher.stats().rejections["closed"] == 2
+
+
+def refuse(error: type[Exception], batcher: MicroBatcher[int, int], jobs: list[int]) -> None:
+    with pytest.raises(error):
+        batcher.submit_many(jobs)
