@@ -176,7 +176,7 @@ class MicroBatcher(Generic[J, R]):
                 submit_timeout = self._submit_timeout
         else:
             now = core.clock()
-            record = Job(job, JobFuture(core), 0, now, now + self._lifetime)
+            record = Job(job, core.new_future(core), 0, now, now + self._lifetime)
             submit_timeout = self._submit_timeout
         if not core.ready:
             self._start(1)
@@ -363,7 +363,7 @@ class MicroBatcher(Generic[J, R]):
         core = self._core
         lifetime = self._lifetime if delivery_timeout is _DEFAULT else delivery_timeout
         now = core.clock()
-        return Job(job, JobFuture(core), priority, now, NEVER if lifetime is None else now + lifetime)
+        return Job(job, core.new_future(core), priority, now, NEVER if lifetime is None else now + lifetime)
 
     def _start(self, jobs: int) -> None:
         if self._core.closed:

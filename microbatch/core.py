@@ -118,6 +118,8 @@ class Core:
         self.listeners = Listeners()
         self.closed = False
         self.inline = False  # one thread does everything: `testing.InlineBatcher`
+        # How a job gets its future, on the submitting thread. Tracing puts another one here, which keeps the origin.
+        self.new_future: Callable[[Core], JobFuture[Any]] = JobFuture
         self._new_store = new_store
         self._start = start
         self._reset()
@@ -577,20 +579,22 @@ class Core:
 
     def _tell_end(self, job: Job) -> None:
         if job.verdict is not CANCELLED_VERDICT:
-            self.tell_failed(job, None)
+            self.tell_failed(job, None, None)
             return
         try:
             self._tell_cancelled(job)
         except KeyboardInterrupt:
             _log.exception("a listener failed on JobCancelled")
 
-    def tell_failed(self, job: Job, batch_id: str | None) -> None:
+    def tell_failed(self, job: Job, batch_id: str | None, began: float | None) -> None:
         error = job.verdict[2] if job.verdict is not None else None
         if error is None or not self.listeners.want(JobFailed):
             return
         batch_id = getattr(error, "batch_id", None) or batch_id
         age = self.clock() - job.submitted
-        tell_contained(self.listeners, JobFailed(job.payload, job.future._job_id, job.attempts, batch_id, error, age))
+        waited = None if began is None else began - job.submitted
+        job_id = job.future._job_id
+        tell_contained(self.listeners, JobFailed(job.payload, job_id, job.attempts, batch_id, error, age, waited))
 
     # Questions.
 

@@ -42,7 +42,7 @@ class JobRetrying(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobCompleted(Event):
-    """A job is done. *seconds* counts from submit to outcome."""
+    """A job is done. *seconds* counts from submit to outcome, *waited* from submit to the begin of its last batch."""
 
     job: Any
     job_id: str | None
@@ -50,13 +50,15 @@ class JobCompleted(Event):
     batch_id: str
     result: Any
     seconds: float
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(Event):
     """A job failed for good, or its outcome is unknown (then *error* is an `OutcomeUnknown`).
 
-    This is the dead-letter hook: it carries the job. *batch_id* is None when no batch ever held the job.
+    This is the dead-letter hook: it carries the job. *batch_id* is None when no batch ever held the job. *waited* is
+    as in `JobCompleted`, None where it is not a batch's end that ended the job but a deadline, say.
     """
 
     job: Any
@@ -65,6 +67,7 @@ class JobFailed(Event):
     batch_id: str | None
     error: BaseException
     seconds: float
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,16 @@ class JobCancelled(Event):
 
 @dataclass(frozen=True, slots=True)
 class BatchStarted(Event):
-    """A batch of *size* jobs is about to be handed to the processor."""
+    """A batch of *size* jobs is about to be handed to the processor. Told on the worker's thread.
+
+    *origins* is what tracing kept of the submits of its jobs, in their order; empty without tracing.
+    """
 
     batch_id: str
     size: int
     attempt: int
     trigger: str
+    origins: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class JobFuture(Future[R]):
     _owner: Owner | None = None
     _sequence = 0
     _job_id: str | None = None
+    _origin: Any = None  # where the job was submitted, for tracing
 
     def __init__(self, owner: Owner | None = None) -> None:
         if not _LATE:

@@ -206,7 +206,7 @@ class Worker:
             return Outcome([], began)
         if error is None:
             if self.core.listeners.want(BatchStarted) and not self.core.finishing:
-                tell_contained(self.core.listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger))
+                self._tell_started(batch)
             if self not in self.core.workers:
                 return Outcome([], began)  # a child forked inside `open` or a listener
             self.core.touched = True
@@ -220,6 +220,11 @@ class Worker:
                 # It may come from outside, before the processor could look what became of the first attempt.
                 error = self._still_undecided(collected.undecided, error)
         return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
+
+    def _tell_started(self, batch: Batch[Any]) -> None:
+        origins = tuple(job.future._origin for job in self.jobs if job.future._origin is not None)
+        event = BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger, origins)
+        tell_contained(self.core.listeners, event)
 
     def _open(self, collected: Collected) -> BaseException | None:
         """Open the processor for this thread; its failure is this batch's failure, the next one tries again."""
@@ -334,11 +339,12 @@ class Worker:
             if job.verdict[2] is not None:
                 failed += 1
                 if self in core.workers:
-                    core.tell_failed(job, batch.id)
+                    core.tell_failed(job, batch.id, outcome.began)
             elif listeners.want(JobCompleted):
                 age = now - job.submitted
                 result = job.verdict[1]
-                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age))
+                waited = outcome.began - job.submitted
+                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited))
         facts = (batch.id, len(batch), batch.attempt, batch.trigger)
         seconds = now - outcome.began
         if outcome.error is None:
@@ -357,7 +363,7 @@ class Worker:
         for job in swept:
             self._resolve(job)
         for job in swept:
-            self.core.tell_failed(job, None)
+            self.core.tell_failed(job, None, None)
         with self.core.lock:
             self.jobs = []
             self.batch = None

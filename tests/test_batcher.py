@@ -966,7 +966,7 @@ def test_the_events_of_a_job_that_is_done() -> None:
     assert told == [
         JobSubmitted("a", "x", 4),
         BatchStarted(batch_id, 1, 1, "idle"),
-        JobCompleted("a", "x", 1, batch_id, "A", 2.0),
+        JobCompleted("a", "x", 1, batch_id, "A", 2.0, waited=2.0),
         BatchCompleted(batch_id, 1, 1, "idle", 0, 0.0),
     ]
 
@@ -984,9 +984,42 @@ def test_the_events_of_a_job_that_is_retried_and_fails_carry_the_job() -> None:
         JobRetrying("a", None, 1, one, first, 1.0),
         BatchFailed(one, 1, 1, "idle", first, 0.0),
         BatchStarted(two, 1, 2, "retry"),
-        JobFailed("a", None, 2, two, last, 1.0),
+        JobFailed("a", None, 2, two, last, 1.0, waited=1.0),
         BatchFailed(two, 1, 2, "retry", last, 0.0),
     ]
+
+
+def test_the_time_in_the_processor_is_no_waiting() -> None:
+    clock = ManualClock()
+
+    def slow(batch: Any) -> list[Any]:
+        clock.advance(3.0)
+        return [None, ValueError()]
+
+    batcher, told = InlineBatcher[Any, Any](slow, clock=clock), list[Any]()
+    batcher.on(JobCompleted, told.append)
+    batcher.on(JobFailed, told.append)
+    with batcher.hold():
+        batcher.submit_many("ab")
+        clock.advance(1.0)
+    assert [(event.seconds, event.waited) for event in told] == [(4.0, 1.0)] * 2
+
+
+def test_what_tracing_keeps_of_a_submit_comes_with_the_begin_of_its_batch() -> None:
+    places = iter(["here", None, "there"])
+
+    def traced(core: Any) -> JobFuture[Any]:
+        future: JobFuture[Any] = JobFuture(core)
+        future._origin = next(places)
+        return future
+
+    batcher, told = Inline(FaultyProcessor()), list[Any]()
+    batcher.on(BatchStarted, told.append)
+    batcher._core.new_future = traced
+    with batcher.hold():
+        batcher.submit(1)
+        batcher.submit_many([2, 3])
+    assert [event.origins for event in told] == [("here", "there")]
 
 
 def test_the_dead_letter_hook_hears_of_jobs_that_never_saw_a_batch() -> None:
@@ -996,7 +1029,7 @@ def test_the_dead_letter_hook_hears_of_jobs_that_never_saw_a_batch() -> None:
     with batcher.hold():
         future = batcher.submit("a", job_id="x", delivery_timeout=5)
         batcher.clock.advance(6.0)
-    assert told == [JobFailed("a", "x", 0, None, future.exception(0), 6.0)]  # type: ignore[arg-type]
+    assert told == [JobFailed("a", "x", 0, None, future.exception(0), 6.0, waited=None)]  # type: ignore[arg-type]
 
 
 def test_futures_are_resolved_and_callbacks_have_run_before_the_event() -> None:
