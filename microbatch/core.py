@@ -579,19 +579,21 @@ class Core:
 
     def _tell_end(self, job: Job) -> None:
         if job.verdict is not CANCELLED_VERDICT:
-            self.tell_failed(job, None, None)
+            self.tell_failed(job)
             return
         try:
             self._tell_cancelled(job)
         except KeyboardInterrupt:
             _log.exception("a listener failed on JobCancelled")
 
-    def tell_failed(self, job: Job, batch_id: str | None, began: float | None) -> None:
+    def tell_failed(
+        self, job: Job, batch_id: str | None = None, began: float | None = None, ended: float | None = None
+    ) -> None:
         error = job.verdict[2] if job.verdict is not None else None
         if error is None or not self.listeners.want(JobFailed):
             return
         batch_id = getattr(error, "batch_id", None) or batch_id
-        age = self.clock() - job.submitted
+        age = (self.clock() if ended is None else ended) - job.submitted
         waited = None if began is None else began - job.submitted
         job_id = job.future._job_id
         tell_contained(self.listeners, JobFailed(job.payload, job_id, job.attempts, batch_id, error, age, waited))

@@ -95,7 +95,7 @@ class BatchStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class BatchCompleted(Event):
-    """The processor answered; single jobs may have failed (*failed* of *size*)."""
+    """The processor answered; single jobs may have failed (*failed* of *size*). *seconds* is the time that it took."""
 
     batch_id: str
     size: int

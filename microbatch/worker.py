@@ -37,13 +37,16 @@ Retried = tuple[Job, BaseException, float]
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone."""
+    """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone, how many
+    answers came too late, when the jobs ended.
+    """
 
     answers: list[Answer]
     began: float
     error: BaseException | None = None
     alone: int = 0
     late: int = 0
+    ended: float = 0.0
 
 
 class Worker:
@@ -286,7 +289,7 @@ class Worker:
         together = isinstance(first, Again) and first.undecided
         undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt) if together else None
         with core.lock:
-            now = core.clock()
+            now = outcome.ended = core.clock()
             self._count(outcome, now)
             if outcome.error is None and not outcome.alone:
                 outcome.late = core.complete_all(self.jobs, outcome.answers)
@@ -328,7 +331,7 @@ class Worker:
             self.core.intake.wait_until(due, job)
 
     def _tell(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
-        core, listeners, now = self.core, self.core.listeners, self.core.clock()
+        core, listeners, began, ended = self.core, self.core.listeners, outcome.began, outcome.ended
         if listeners.want(JobRetrying):
             for job, cause, delay in retried:
                 self._say(JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay))
@@ -339,14 +342,13 @@ class Worker:
             if job.verdict[2] is not None:
                 failed += 1
                 if self in core.workers:
-                    core.tell_failed(job, batch.id, outcome.began)
+                    core.tell_failed(job, batch.id, began, ended)
             elif listeners.want(JobCompleted):
-                age = now - job.submitted
+                age, waited = ended - job.submitted, began - job.submitted
                 result = job.verdict[1]
-                waited = outcome.began - job.submitted
                 self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited))
         facts = (batch.id, len(batch), batch.attempt, batch.trigger)
-        seconds = now - outcome.began
+        seconds = ended - began
         if outcome.error is None:
             self._say(BatchCompleted(*facts, failed, seconds))
         else:
@@ -363,7 +365,7 @@ class Worker:
         for job in swept:
             self._resolve(job)
         for job in swept:
-            self.core.tell_failed(job, None, None)
+            self.core.tell_failed(job)
         with self.core.lock:
             self.jobs = []
             self.batch = None

@@ -1005,6 +1005,17 @@ def test_the_time_in_the_processor_is_no_waiting() -> None:
     assert [(event.seconds, event.waited) for event in told] == [(4.0, 1.0)] * 2
 
 
+def test_the_time_in_a_callback_is_no_time_of_a_job_or_its_batch() -> None:
+    batcher = Inline(FaultyProcessor([lambda batch: [None, ValueError()]]))
+    told = tellers(batcher)
+    with batcher.hold():
+        for future in batcher.submit_many("ab"):
+            future.add_done_callback(lambda future: batcher.clock.advance(5.0))
+    assert [event.seconds for event in told if isinstance(event, JobCompleted | JobFailed | BatchCompleted)] == [
+        0.0
+    ] * 3
+
+
 def test_what_tracing_keeps_of_a_submit_comes_with_the_begin_of_its_batch() -> None:
     places = iter(["here", None, "there"])
 
