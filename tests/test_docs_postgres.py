@@ -10,8 +10,7 @@ from typing import get_args, get_type_hints
 import psycopg
 import pytest
 from docutils import nodes
-from psycopg.conninfo import conninfo_to_dict
-from test_readme import README, ROOT, Names, blocks, parsed, run_blocks
+from test_readme import README, ROOT, Names, as_uri, blocks, parsed, run_blocks
 
 from microbatch.processors.postgres import PostgresProcessor
 from microbatch.processors.postgres.guard import DDL
@@ -24,10 +23,7 @@ RUNBOOK = ROOT / "docs" / "runbook.rst"
 
 @pytest.fixture
 def uri(database: str) -> str:
-    """The same server in the form that the documents use."""
-    parts = conninfo_to_dict(database)
-    host, port = parts.get("host", "localhost"), parts.get("port", 5432)
-    return f"postgresql://{parts.get('user', '')}:{parts.get('password', '')}@{host}:{port}/{parts['dbname']}"
+    return as_uri(database)
 
 
 def rows(path: Path, header: str) -> Iterator[list[str]]:

@@ -29,7 +29,9 @@ USED = {"USE_BEFORE_FORK": "1"}
 class Server(Program):
     """gunicorn with two workers, on a socket that is ready before it is."""
 
-    def __init__(self, directory: Path, *options: str, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *options: str, application: str = "web:application", **environment: str
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=200) as listening:
             self.port: int = listening.getsockname()[1]
             command = [
@@ -37,7 +39,7 @@ class Server(Program):
                 *("--config", str(SCRIPTS / "gunicorn_settings.py"), "--workers", "2", "--graceful-timeout", "25"),
                 *("--bind", f"fd://{listening.fileno()}"),
                 *("--worker-tmp-dir", "/dev/shm" if os.path.isdir("/dev/shm") else str(directory)),
-                *("--log-level", "warning", *ALONE, *options, "web:application"),
+                *("--log-level", "warning", *ALONE, *options, application),
             ]
             self._begin(command, directory, environment, pass_fds=[listening.fileno()])
 

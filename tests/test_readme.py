@@ -109,6 +109,10 @@ def row_count(database: str) -> int:
 
 @pytest.fixture
 def uri(database: str) -> str:
+    return as_uri(database)
+
+
+def as_uri(database: str) -> str:
     """The same server in the form that the documents use."""
     parts = conninfo_to_dict(database)
     host, port = parts.get("host", "localhost"), parts.get("port", 5432)
@@ -190,7 +194,8 @@ def test_the_page_on_testing_runs(uri: str) -> None:
 
 
 def test_every_page_with_code_is_run() -> None:
-    covered = {README, TESTING, ROOT / "docs" / "transactions.rst", ROOT / "docs" / "postgres.rst"}
+    pages = ("transactions", "postgres", "metrics")
+    covered = {README, TESTING, *(ROOT / "docs" / f"{page}.rst" for page in pages)}
 
     assert {path for path in DOCUMENTS if list(blocks(path, "python"))} == covered
 

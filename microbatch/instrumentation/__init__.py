@@ -1,0 +1,1 @@
+"""Numbers and traces for other people's tools, one module each."""
