@@ -17,7 +17,9 @@ from microbatch.embedded import EmbeddedPostgres
 from microbatch.options import Options
 from microbatch.processors.postgres.conninfo import connection_parameters
 
+from . import dashboard, metrics
 from .bodies import MAX_BYTES
+from .feed import Feed
 from .ids import Ids
 from .jobs import Jobs
 from .problems import Problem
@@ -30,7 +32,7 @@ from .writer import RowWriter, Submission, plain_statement, storing_statement
 
 _log = logging.getLogger("microbatch.service")
 
-BLUEPRINTS: tuple[Blueprint, ...] = (blueprint,)
+BLUEPRINTS: tuple[Blueprint, ...] = (blueprint, metrics.blueprint, dashboard.blueprint)
 
 
 def create_app(
@@ -101,6 +103,8 @@ def make_app(settings: Settings) -> Flask:
     gate = Gate(settings.token, admin_token, (*LOOPBACK, *settings.allowed_hosts), settings.insecure)
     app.extensions["microbatch"] = jobs.batcher
     app.extensions["microbatch.jobs"] = jobs
+    app.extensions["microbatch.feed"] = Feed(jobs.batcher)
+    app.extensions["microbatch.registry"] = metrics.registry_for(jobs.batcher)
     app.extensions["microbatch.gate"] = gate
     app.extensions["microbatch.admin_token"] = admin_token
     app.before_request(gate.check)
