@@ -149,12 +149,12 @@ class Page:
         """What a reader sees there; empty where nothing is."""
         return str(self.ask(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
 
-    def wait_for(self, expression: str, patience: float = PATIENCE) -> Any:
-        give_up = time.monotonic() + patience
-        while not (found := self.ask(f"document.readyState === 'complete' && ({expression})")):
+    def wait_for(self, expression: str) -> None:
+        """Until it is true."""
+        give_up = time.monotonic() + PATIENCE
+        while not self.ask(f"document.readyState === 'complete' && Boolean({expression})"):
             assert time.monotonic() < give_up, f"{expression}; the page says: {self.text('body')}; {self.complaints()}"
             time.sleep(0.05)
-        return found
 
     def wait_for_text(self, selector: str, text: str) -> None:
         wanted = f"document.querySelector({json.dumps(selector)})?.innerText.includes({json.dumps(text)})"

@@ -26,11 +26,17 @@
     return made;
   }
 
-  async function ask(path, options = {}) {
+  async function ask(path, options = {}, reviver = undefined) {
     const response = await fetch(path, { cache: "no-store", ...options });
-    const body = await response.json().catch(() => ({}));
+    const text = await response.text();
+    const body = (response.headers.get("Content-Type") || "").includes("json") ? JSON.parse(text, reviver) : {};
     if (!response.ok) throw new Error(body.detail || `The service answered ${response.status}.`);
     return body;
+  }
+
+  // A number with the digits that the database has, where the browser tells them: 12.50 and not 12.5.
+  function asWritten(name, value, context) {
+    return typeof value === "number" && context && context.source ? context.source : value;
   }
 
   // The feed.
@@ -108,6 +114,7 @@
 
   function duration(seconds) {
     if (seconds === null) return "–";
+    if (seconds === 0) return "0";
     const milliseconds = seconds * 1000;
     if (milliseconds < 9.95) return `${milliseconds.toFixed(1)} ms`;
     if (milliseconds < 999.5) return `${milliseconds.toFixed(0)} ms`;
@@ -125,21 +132,22 @@
 
   // Charts.
 
+  const WHOLE = [1, 2, 5].flatMap((step) => [1, 10, 100, 1000, 10000, 100000].map((ten) => step * ten)).sort((a, b) => a - b);
   const CHARTS = [
     {
-      name: "rate", show: number, lines: ["completed", "failed"], fills: true,
+      name: "rate", show: number, lines: ["completed", "failed"], fills: true, least: 5, steps: WHOLE,
       values: (second) => [second.completed, second.failed + second.unknown],
     },
     {
-      name: "latency", show: duration, lines: ["p50", "p99"], fills: false,
+      name: "latency", show: duration, lines: ["p50", "p99"], fills: false, least: 0.005,
       values: (second) => [quantile(second.latencies, 0.5), quantile(second.latencies, 0.99)],
     },
     {
-      name: "size", show: number, lines: ["mean", "largest"], fills: false,
+      name: "size", show: number, lines: ["mean", "largest"], fills: false, least: 5, steps: WHOLE,
       values: (second) => (second.batches ? [second.jobs / second.batches, second.largest] : [null, null]),
     },
     {
-      name: "queue", show: number, lines: ["outstanding", "queued"], fills: true,
+      name: "queue", show: number, lines: ["outstanding", "queued"], fills: true, least: 5, steps: WHOLE,
       values: (second) => [second.outstanding, second.queued],
     },
   ];
@@ -161,12 +169,12 @@
       points: { show: (plot, series, first, last) => lonely(plot.data[series], first, last), size: 4 },
     });
     chart.plot = new uPlot({
-      width: place.clientWidth, height: place.clientHeight, legend: { show: false },
+      width: place.clientWidth, height: place.clientHeight, padding: [8, 24, 0, 0], legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, sync: { key: "all" }, points: { size: 7 } },
-      scales: { x: { time: true }, y: { range: (plot, least, most) => [0, Math.max(most * 1.12, chart.least || 0) || 1] } },
+      scales: { x: { time: true }, y: { range: (plot, least, most) => [0, Math.max((most || 0) * 1.1, chart.least)] } },
       axes: [
-        axis({ size: 28, space: 90, values: (plot, splits) => splits.map(time) }),
-        axis({ size: 58, space: 34, values: (plot, splits) => splits.map(chart.show) }),
+        axis({ size: 24, gap: 6, space: 90, values: (plot, splits) => splits.map(time) }),
+        axis({ size: 58, space: 34, incrs: chart.steps, values: (plot, splits) => splits.map(chart.show) }),
       ],
       series: [{}, line("a"), line("b")],
       hooks: { setCursor: [() => label(chart)] },
@@ -330,11 +338,11 @@
       const id = make("code", `${failure.job.slice(0, 10)}…`);
       id.title = failure.job;
       job.append(id);
-      return row(
-        make("td", time(failure.at)), job, make("td", failure.message, "wide"),
-        make("td", failure.sqlstate || "–"), make("td", failure.constraint || "–"),
-      );
-    }), 5, "No failure yet.");
+      const error = make("td", failure.message, "wide");
+      const facts = [failure.sqlstate, failure.constraint].filter(Boolean).join(" · ");
+      if (facts) error.append(make("span", facts, "soft"));
+      return row(make("td", time(failure.at)), job, error);
+    }), 3, "No failure yet.");
   }
 
   // The form.
@@ -413,7 +421,7 @@
     tell("pending", null);
     for (let questions = 0; questions < FOLLOWED && mine === following; questions += 1) {
       try {
-        const answer = await ask(`job-status/${encodeURIComponent(id)}`);
+        const answer = await ask(`job-status/${encodeURIComponent(id)}`, {}, asWritten);
         if (mine !== following) return;
         tell(answer.status, answer.result);
         if (!["pending", "processing"].includes(answer.status)) return;
