@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ _FLAGS = (
     *("--remote-debugging-pipe", "--lang=en-GB"),
 )
 
+# Where the protocol speaks.
+_ON_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
 
 def find_chromium() -> str | None:
     """The program, wherever the distribution keeps it."""
@@ -38,11 +48,12 @@ class Browser:
     def __init__(self, program: str, directory: Path) -> None:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        # The protocol speaks on the descriptors 3 and 4.
-        redirect = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._log = (directory / "chromium.log").open("w+")
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", redirect, "sh", program, *_FLAGS, f"--user-data-dir={directory / 'profile'}"],
+            [
+                *(sys.executable, "-c", _ON_3_AND_4, str(theirs_in), str(theirs_out)),
+                *(program, *_FLAGS, f"--user-data-dir={directory / 'profile'}"),
+            ],
             pass_fds=(theirs_in, theirs_out),
             env={**os.environ, "TZ": "UTC"},
             stdin=subprocess.DEVNULL,
@@ -131,9 +142,7 @@ class Page:
 
     def size(self, width: int, height: int) -> None:
         mobile = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def prefer(self, scheme: str) -> None:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -174,6 +183,9 @@ class Page:
         spot = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **spot)
+
+    def go_offline(self) -> None:
+        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
 
     def complaints(self) -> list[Any]:
         """Exceptions, refused requests, violations of the policy."""
