@@ -134,7 +134,7 @@ def test_a_person_submits_jobs_and_watches_them(browser: Browser, service: str, 
     with browser.page(service) as page:
         page.wait_for_text("#state", "live")
         assert page.text("#batches") == "No batch yet."
-        idle = {name: page.ask(ink(name)) for name in CHARTS}
+        idle = {name: page.ask(height(name)) for name in CHARTS}
 
         submit_one(page)
         submit_a_bad_one(page)
@@ -143,8 +143,9 @@ def test_a_person_submits_jobs_and_watches_them(browser: Browser, service: str, 
         charts_move(page, idle)
 
         assert {address for address in page.addresses() if not address.startswith(service)} == set()
-        # The nonsense is refused with 400, which a browser notes.
-        assert [each for each in page.complaints() if "submit-job" not in str(each)] == []
+        # The nonsense is refused with 400, which a browser notes; and it wonders why the tests read a canvas.
+        expected = ("submit-job", "willReadFrequently")
+        assert [each for each in page.complaints() if not any(word in str(each) for word in expected)] == []
     with psycopg.connect(database) as connection:
         found = connection.execute("SELECT user_id, amount::text, count(*) FROM payment_transactions GROUP BY 1, 2")
         assert sorted(found.fetchall()) == [(7, "12.50", 1), (8, "3.00", 30)]
@@ -191,20 +192,21 @@ def submit_many(page: Page) -> None:
 
 def charts_move(page: Page, idle: dict[str, int]) -> None:
     for name in CHARTS:
-        page.wait_for(f"{ink(name)} > {idle[name] + 10}")
+        page.wait_for(f"{height(name)} > {idle[name] + 2}")
     page.wait_for("document.querySelector('#tile-p99').innerText.match(/[0-9.]+ (ms|s)/)")
 
 
-def ink(name: str) -> str:
-    """How many points of the first line's colour, blue, a chart has."""
+def height(name: str) -> str:
+    """Over how many rows of a chart its first line, which is blue, goes up."""
     return f"""(() => {{
         const canvas = document.querySelector("#chart-{name} canvas");
-        const {{data}} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        let points = 0;
+        const {{width, height}} = canvas;
+        const {{data}} = canvas.getContext("2d", {{willReadFrequently: true}}).getImageData(0, 0, width, height);
+        const rows = new Set();
         for (let at = 0; at < data.length; at += 4) {{
-            points += data[at] < 120 && data[at + 2] > 180 && data[at + 3] > 200;
+            if (data[at] < 120 && data[at + 2] > 180 && data[at + 3] > 200) rows.add(Math.floor(at / 4 / width));
         }}
-        return points;
+        return rows.size;
     }})()"""
 
 

@@ -164,9 +164,12 @@
   function draw(chart) {
     const place = element(`chart-${chart.name}`);
     if (chart.plot) chart.plot.destroy();
-    const line = (letter) => ({
+    const line = (letter, size) => ({
       stroke: color(`--${letter}`), width: 1.6, fill: chart.fills ? color(`--${letter}-fill`) : undefined,
-      points: { show: (plot, series, first, last) => lonely(plot.data[series], first, last), size: 4 },
+      points: {
+        show: (plot, series, first, last) => lonely(plot.data[series], first, last),
+        size, width: 0, fill: color(`--${letter}`),
+      },
     });
     chart.plot = new uPlot({
       width: place.clientWidth, height: place.clientHeight, padding: [8, 24, 0, 0], legend: { show: false },
@@ -176,7 +179,8 @@
         axis({ size: 24, gap: 6, space: 90, values: (plot, splits) => splits.map(time) }),
         axis({ size: 58, space: 34, incrs: chart.steps, values: (plot, splits) => splits.map(chart.show) }),
       ],
-      series: [{}, line("a"), line("b")],
+      // The first line of the legend lies on top, with smaller points: where both have one value, both are seen.
+      series: [{}, line("b", 9), line("a", 5)],
       hooks: { setCursor: [() => label(chart)] },
     }, chart.data || [[], [], []], place);
   }
@@ -192,7 +196,7 @@
   function label(chart) {
     const under = chart.plot.cursor.idx;
     chart.keys.forEach((key, line) => {
-      const values = chart.plot.data[line + 1];
+      const values = chart.plot.data[2 - line];
       const value = under === null || under === undefined ? lastOf(values) : values[under];
       key.textContent = chart.show(value ?? null);
     });
@@ -227,8 +231,8 @@
       const columns = [seconds.map(([at]) => at), [], []];
       for (const [, second] of seconds) {
         const [one, other] = chart.values(second);
-        columns[1].push(one);
-        columns[2].push(other);
+        columns[2].push(one);
+        columns[1].push(other);
       }
       chart.data = columns;
       chart.plot.setData(columns);
