@@ -1,4 +1,4 @@
-"""The dashboard: one page of own files only, and the data that it asks for once a second."""
+"""The dashboard: one page of own files only, and the data that it asks for again and again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def form() -> Response:
         {"name": name, "type": column.type, "required": not column.is_nullable, "schema": column.schema()}
         for name, column in jobs.table.given.items()
     ]
-    return _json({"columns": columns, "growth": GROWTH, "floor": FLOOR, "history": HISTORY})
+    several = bool(request.environ.get("wsgi.multiprocess"))
+    told = {"columns": columns, "growth": GROWTH, "floor": FLOOR, "history": HISTORY, "several": several}
+    return _json(told)
 
 
 def _since() -> float:

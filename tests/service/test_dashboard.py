@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psycopg
 import pytest
@@ -15,8 +18,9 @@ from flask.testing import FlaskClient
 
 import microbatch.service
 from service.answers import JOB, assert_problem
-from service.browser import Browser, Page, find_chromium
-from service.serving import serving
+from service.browser import PATIENCE, Browser, Page, find_chromium
+from service.clients import end, gunicorn
+from service.serving import JSON, serving
 
 STATIC = Path(microbatch.service.__file__).parent / "static"
 NARROW = 390
@@ -221,3 +225,41 @@ def test_the_page_fits_a_phone_in_the_dark_and_says_when_the_service_is_gone(bro
         page.wait_for(f"getComputedStyle(document.body).backgroundColor !== {dark!r}")
         page.go_offline()
         page.wait_for_text("#state", "not reached")
+
+
+@pytest.mark.database
+def test_several_workers_are_shown_as_one(
+    browser: Browser, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "values").mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "values"))
+    with gunicorn(database, 2, tmp_path / "log") as (port, process):
+        jobs = submit_until_both_have_answered(port)
+        with browser.page(f"http://127.0.0.1:{port}/") as page:
+            page.wait_for_text("#processes", "2 worker processes")
+            page.wait_for(f"document.querySelector('#outcomes .count').innerText === '{jobs}'")
+        wait_for_metric(port, f'microbatch_jobs_total{{batcher="microbatch",outcome="completed"}} {jobs}.0')
+        end(process)
+
+
+def submit_until_both_have_answered(port: int) -> int:
+    workers = set()
+    for jobs in range(1, 200):
+        request = Request(f"http://127.0.0.1:{port}/submit-job?wait=20", json.dumps(JOB).encode(), JSON)
+        with urlopen(request, timeout=PATIENCE) as answer:
+            assert answer.status == 200
+            workers.add(answer.headers["X-Worker"])
+        if len(workers) == 2:
+            return jobs
+    raise AssertionError(f"only {workers} answered")
+
+
+def wait_for_metric(port: int, line: str) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+            said = answer.read().decode()
+        if line in said.splitlines():
+            return
+        assert time.monotonic() < give_up, (line, said)
+        time.sleep(0.05)

@@ -1,12 +1,14 @@
-// The dashboard: asks for the feed once a second, and puts the answers of several worker processes together.
+// The dashboard: asks for the feed again and again, and puts the answers of several worker processes together.
 // Whatever comes from the service is shown as text, never as markup.
 "use strict";
 
 (() => {
-  const POLL = 1000;          // milliseconds between two questions
+  // Of several processes any one may answer. A connection that is kept open always leads to the same one, so they are
+  // asked less often than servers keep connections, and with several questions at once.
+  const ONE = { poll: 1000, questions: 1, overlap: 20, behind: 1 };
+  const SEVERAL = { poll: 2500, questions: 4, overlap: 60, behind: 5 };
   const WINDOW = 120;         // seconds that a chart shows
-  const OVERLAP = 20;         // seconds that are asked for again: another process may have answered meanwhile
-  const QUIET = 30;           // seconds after which a process that does not answer any more is forgotten
+  const QUIET = 60;           // seconds after which a process that does not answer any more is forgotten
   const CARRY = 5;            // seconds for which the last depth of a queue stands
   const RECENT = 5;           // seconds that the tiles speak of
   const FOLLOW = 400;         // milliseconds between two questions for one job
@@ -14,6 +16,7 @@
 
   const processes = new Map();
   let how = null;             // how latencies are counted
+  let pace = ONE;             // milliseconds between questions, how many, seconds asked for again, seconds not shown yet
   let now = 0;                // the service's clock
   let since = 0;
 
@@ -43,7 +46,7 @@
 
   function hear(told) {
     now = told.now;
-    since = Math.max(0, Math.floor(now) - OVERLAP);
+    since = Math.max(0, Math.floor(now) - pace.overlap);
     const known = processes.get(told.process) || { seconds: new Map() };
     processes.set(told.process, known);
     for (const second of told.seconds) known.seconds.set(second.at, second);
@@ -224,7 +227,7 @@
 
   function show() {
     // The second that is under way would look like a fall.
-    const end = Math.floor(now) - 1;
+    const end = Math.floor(now) - pace.behind;
     const seconds = [];
     for (let at = end - WINDOW + 1; at <= end; at += 1) seconds.push([at, secondOf(at)]);
     for (const chart of CHARTS) {
@@ -454,19 +457,21 @@
     if (!document.hidden) {
       try {
         if (!how) await begin();
-        hear(await ask(`dashboard/feed?since=${since}`));
+        const questions = Array.from({ length: pace.questions }, () => ask(`dashboard/feed?since=${since}`));
+        (await Promise.all(questions)).forEach(hear);
         show();
       } catch (error) {
         state("not reached", "bad");
       }
     }
-    setTimeout(poll, POLL);
+    setTimeout(poll, pace.poll);
   }
 
   async function begin() {
     const told = await ask("dashboard/form");
     told.columns.forEach(addField);
     how = told;
+    pace = told.several ? SEVERAL : ONE;
     element("submit").disabled = false;
   }
 
