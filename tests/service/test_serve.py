@@ -207,7 +207,7 @@ def test_another_address_needs_a_token(complaint: Callable[..., str], host: str)
         (["--columns", "user_id,amount"], {}, "columns lacks status"),
         (["--store", "redis"], {}, "store must be"),
         (["--linger", "x"], {}, "MICROBATCH_LINGER='x' is not a number"),
-        (["--linger", "-1"], {}, "linger must be"),
+        (["--linger", "-1"], {}, "LINGER must be"),
         (["--port", "x"], {}, "MICROBATCH_PORT='x'"),
         (["--status-ttl", "soon"], {}, "MICROBATCH_STATUS_TTL='soon'"),
         ([], {"MICROBATCH_MAX_BATCH": "7"}, "did you mean MICROBATCH_MAX_BATCH_SIZE"),
