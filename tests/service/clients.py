@@ -77,10 +77,14 @@ class Client(threading.Thread):
                 self._step(f"{self._run_name}-{self._number}-{step}", step)
             except (OSError, http.client.HTTPException) as error:
                 self._count(type(error).__name__)
-                self._connection = None
+                self._hang_up()
                 time.sleep(0.01)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
     def _step(self, tag: str, step: int) -> None:
         waits, is_array, repeats = step % 3 == 0, step % 10 == 5, step % 7 == 2
