@@ -650,6 +650,49 @@ BREAKS = (
             "test_queues.py::test_the_hooks_are_those_of_the_stdlib_though_another_class_has_taken_the_place_of_its_queue",
         ),
     ),
+    Break(
+        "two workers may write one key",
+        "P4",
+        "service/store.py",
+        (("    key bytea UNIQUE,", "    key bytea,"),),
+        ("service/test_idempotency.py::test_both_workers_at_once_write_one_row[same body]",),
+    ),
+    Break(
+        "a job that the store has given up is written all the same",
+        "P4",
+        "service/writer.py",
+        (("{values} WHERE NOT EXISTS (SELECT FROM known) RETURNING", "{values} RETURNING"),),
+        ("service/test_store.py::test_a_job_whose_process_is_gone_is_lost_and_stays_so",),
+    ),
+    Break(
+        "who comes second with a key is told of a conflict",
+        "P4",
+        "service/writer.py",
+        (("            return True  # the next attempt sees that entry", "            return False"),),
+        ("service/test_idempotency.py::test_both_workers_at_once_write_one_row[same body]",),
+    ),
+    Break(
+        "any id is genuine",
+        "HTTP",
+        "service/ids.py",
+        ((" or not hmac.compare_digest(raw[_SIGNED:], self._signature(raw[:_SIGNED]))", ""),),
+        ("service/test_rules.py::test_every_changed_character_makes_an_id_foreign",),
+    ),
+    Break(
+        "any name in Host is answered",
+        "HTTP",
+        "service/security.py",
+        (("        self._check_host(request)\n", ""),),
+        ("service/test_security.py::test_a_foreign_host_is_refused",),
+    ),
+    Break(
+        "who waits is not answered at a SIGTERM",
+        "P6",
+        "service/server.py",
+        (("            self._jobs.shutdown()\n            _until", "            _until"),),
+        ("service/test_serve.py::test_P6_a_signal_drains_and_answers_who_waits",),
+        seconds=40,
+    ),
 )
 
 

@@ -57,35 +57,51 @@ def test_the_order_of_keys_in_the_body_does_not_matter(workers: list[Flask]) -> 
     assert again == first
 
 
-@pytest.mark.parametrize("body", ["same body", "another body"])
-def test_both_workers_at_once_write_one_row(workers: list[Flask], shared_database: str, body: str) -> None:
-    """Both have looked into the store, which knew nothing, before one of them writes."""
-    user, key = (320, "at-once") if body == "same body" else (321, "at-once-too")
-    jobs = [{**JOB, "user_id": user}, {**JOB, "user_id": user, "status": "pending" if user == 320 else "other"}]
-    with psycopg.connect(shared_database) as connection, ThreadPoolExecutor(2) as pool:
-        connection.execute("LOCK TABLE payment_transactions IN EXCLUSIVE MODE")
-        sent = [pool.submit(post, app, key, job) for app, job in zip(workers, jobs, strict=True)]
-        # Both statements wait for the table.
-        with psycopg.connect(shared_database, autocommit=True) as watch:
-            wait_for_locks(watch, 2)
-        connection.rollback()
-        answers = [each.result(30) for each in sent]
+_HELD = """
+    CREATE TABLE held (n int, body text);
+    CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN PERFORM pg_advisory_xact_lock_shared(4711); RETURN new; END $$;
+    CREATE TRIGGER hold BEFORE INSERT ON held FOR EACH ROW EXECUTE FUNCTION hold()"""
 
-    assert len(rows_of(shared_database, user)) == 1
-    if user == 320:
+
+@pytest.fixture(scope="module")
+def holding(make_app: Callable[..., Flask], shared_database: str) -> list[Flask]:
+    """Two workers on a table whose inserts wait for an advisory lock: the statement has looked round by then."""
+    with psycopg.connect(shared_database) as connection:
+        connection.execute(_HELD)
+    return [make_app(table="held") for _ in range(2)]
+
+
+@pytest.mark.parametrize("bodies", [("a", "a"), ("b", "c")], ids=["same body", "another body"])
+def test_both_workers_at_once_write_one_row(
+    holding: list[Flask], shared_database: str, bodies: tuple[str, str]
+) -> None:
+    """Neither the service nor the statement has found the key in the store when both are about to write."""
+    jobs = [{"n": ord(bodies[0]), "body": body} for body in bodies]
+    with psycopg.connect(shared_database, autocommit=True) as connection, ThreadPoolExecutor(2) as pool:
+        connection.execute("SELECT pg_advisory_lock(4711)")
+        sent = [pool.submit(post, app, f"held-{bodies[0]}", job) for app, job in zip(holding, jobs, strict=True)]
+        wait_for_locks(connection, 2)
+        connection.execute("SELECT pg_advisory_unlock(4711)")
+        answers = [each.result(30) for each in sent]
+        count = connection.execute("SELECT count(*) FROM held WHERE n = %s", [ord(bodies[0])]).fetchone()
+
+    assert count == (1,)
+    if bodies[0] == bodies[1]:
         assert [answer.status_code for answer in answers] == [200, 200]
         assert answers[0].get_json()["result"] == answers[1].get_json()["result"]
         for answer in answers:  # each id is found on each worker
-            for app in workers:
-                told = app.test_client().get(f"/job-status/{answer.get_json()['jobId']}").get_json()
-                assert told == answer.get_json()
+            assert told_by_all(holding, answer.get_json()["jobId"]) == [answer.get_json()] * 2
     else:
         assert sorted(answer.status_code for answer in answers) == [200, 422]
         (refused,) = [answer for answer in answers if answer.status_code == 422]
         assert_problem(refused, 422, "idempotency-key-reused")
-        for app in workers:
-            told = app.test_client().get(f"/job-status/{refused.get_json()['jobId']}").get_json()
+        for told in told_by_all(holding, refused.get_json()["jobId"]):
             assert (told["status"], told["result"]["error"]) == ("failed", "idempotency-key-reused")
+
+
+def told_by_all(apps: list[Flask], job_id: str) -> list[Any]:
+    return [app.test_client().get(f"/job-status/{job_id}").get_json() for app in apps]
 
 
 def wait_for_locks(watch: psycopg.Connection[Any], count: int) -> None:
