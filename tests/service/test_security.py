@@ -131,7 +131,7 @@ def test_what_is_not(address: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "localhost:x", "a b", "[::1", "10.0.0.1"],
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "a b", "10.0.0.1"],
 )
 def test_a_foreign_host_is_refused(client: FlaskClient, host: str) -> None:
     assert_problem(client.post("/submit-job", json=JOB, headers={"Host": host}), 403, "foreign-host")

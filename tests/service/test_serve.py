@@ -161,6 +161,17 @@ def test_a_request_is_read_with_a_deadline(service: Serving, pace: str) -> None:
     assert service.ask("GET", "/healthz")[0] == 200
 
 
+@pytest.mark.parametrize(
+    "hosts", [[], ["localhost:x"], ["[::1"], ["localhost:3000", "evil.example"], ["é"], ["localhost/"], ["a@localhost"]]
+)
+def test_a_host_that_is_none_is_refused(service: Serving, hosts: list[str]) -> None:
+    lines = ["GET /openapi.json HTTP/1.1", *(f"Host: {host}" for host in hosts), "Connection: close", "", ""]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        answer = connection.makefile("rb").read()
+    assert answer.split()[1] in (b"400", b"403"), answer
+
+
 def test_a_body_without_a_length_is_bounded(service: Serving) -> None:
     head = (
         b"POST /submit-job HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
