@@ -1,6 +1,7 @@
 """The service under gunicorn and many clients: what was answered is compared with the table.
 
-    python -m tests.service.clients                 4 workers, 64 clients, 30 seconds, then again with a SIGTERM
+    python -m tests.service.clients                 4 workers, 64 clients, 30 seconds; again with a SIGTERM half-way;
+                                                    again with workers that are killed, and clients that repeat
     python -m tests.service.clients --seconds 5 …   shorter; --help names the options
 
 Every job carries a tag of its own, so that answers and rows can be compared as sets. It is an error if a job that was
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,30 @@ class Client(threading.Thread):
             self._seen.codes[what] += 1
 
 
+class Stubborn(Client):
+    """Repeats each request under its key until it is told the outcome; one row is all that may come of it."""
+
+    def _step(self, tag: str, step: int) -> None:
+        job = {"user_id": self._number + 1, "amount": 1.5, "status": tag}
+        headers = {"Content-Type": "application/json", "Idempotency-Key": tag}
+        with self._seen.lock:
+            self._seen.sent.add(tag)
+        give_up = time.monotonic() + PATIENCE
+        code = 0
+        while code != 200 and time.monotonic() < give_up:
+            try:
+                code, body = self._ask("POST", "/submit-job?wait=20", json.dumps(job), headers)
+                self._note(code if code == 200 else 0, [body], [tag])
+            except (OSError, http.client.HTTPException) as error:
+                self._count(type(error).__name__)
+                self._hang_up()
+            if code != 200:
+                time.sleep(0.02)
+        if code != 200:
+            with self._seen.lock:
+                self._seen.wrong.append(f"{tag} is never told its outcome")
+
+
 @contextmanager
 def gunicorn(database: str, workers: int, log: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """The service under gunicorn: its port and its process."""
@@ -188,21 +213,37 @@ def get(port: int, path: str) -> tuple[int, Any, str]:
         return response.status, json.loads(response.read()), response.headers.get("X-Worker", "")
 
 
-def load(port: int, clients: int, seconds: float, run: str, process: subprocess.Popen[bytes] | None = None) -> Seen:
-    """Clients for so long; where *process* is given it gets a SIGTERM half-way."""
+def load(
+    port: int,
+    clients: int,
+    seconds: float,
+    run: str,
+    harm: Callable[[], object] = lambda: None,
+    times: int = 1,
+    kind: type[Client] = Client,
+) -> Seen:
+    """Clients for so long, and so many times, evenly, *harm*."""
     seen, stop = Seen(), threading.Event()
-    threads = [Client(number, port, seen, stop, run) for number in range(clients)]
+    threads = [kind(number, port, seen, stop, run) for number in range(clients)]
     for thread in threads:
         thread.start()
-    stop.wait(seconds / 2)
-    if process is not None:
-        process.send_signal(signal.SIGTERM)
-    stop.wait(seconds / 2)
+    for _ in range(times):
+        stop.wait(seconds / (times + 1))
+        harm()
+    stop.wait(seconds / (times + 1))
     stop.set()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(2 * PATIENCE)
         assert not thread.is_alive(), f"{thread.name} hangs"
     return seen
+
+
+def kill_a_worker(port: int) -> None:
+    """SIGKILL to the worker that answers: gunicorn starts another one."""
+    try:
+        os.kill(int(get(port, "/healthz")[2]), signal.SIGKILL)
+    except (OSError, http.client.HTTPException):
+        pass  # it was gone by then
 
 
 def ask_every_worker(port: int, workers: int, seen: Seen, sample: int) -> int:
@@ -260,7 +301,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def trial(
     database: str, workers: int, clients: int, seconds: float, directory: Path, sample: int = SAMPLE
 ) -> list[str]:
-    """Both runs; what there is to say about them."""
+    """The three runs; what there is to say about them."""
     said = []
     with gunicorn(database, workers, directory / "calm.log") as (port, process):
         seen = load(port, clients, seconds, "calm")
@@ -269,12 +310,19 @@ def trial(
         end(process)
     said.append(f"calm: {dict(figures)}, {dict(seen.codes)}, statuses found on {answering} workers")
     with gunicorn(database, workers, directory / "term.log") as (port, process):
-        seen = load(port, clients, seconds, "term", process)
+        seen = load(port, clients, seconds, "term", lambda: process.send_signal(signal.SIGTERM))
         assert process.wait(PATIENCE) == 0, f"gunicorn ended with {process.returncode}"
         figures = compare(database, seen, "term")
     said.append(f"SIGTERM half-way: {dict(figures)}, {dict(seen.codes)}")
     assert seen.waited
     assert seen.accepted
+    with gunicorn(database, workers, directory / "kill.log") as (port, process):
+        kills = max(2, int(seconds / 3))
+        seen = load(port, clients, seconds, "kill", lambda: kill_a_worker(port), kills, Stubborn)
+        figures = compare(database, seen, "kill")
+        assert seen.sent == seen.waited.keys()
+        end(process)
+    said.append(f"SIGKILL to {kills} workers: {dict(figures)}, {dict(seen.codes)}")
     return said
 
 
@@ -284,7 +332,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.service.clients", description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each of the two runs")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each of the three runs")
     given = parser.parse_args()
     with EmbeddedPostgres() as server, tempfile.TemporaryDirectory() as directory:
         for line in trial(server.dsn, given.workers, given.clients, given.seconds, Path(directory)):
