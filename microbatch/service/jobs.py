@@ -88,7 +88,7 @@ class Jobs:
         if key is None:
             return list(self._accept(rows, client))
         digest, fingerprint = _digest(key.encode()), _digest(_canonical(body))
-        request = self._reserve(digest, fingerprint)
+        request = self._known.reserve(digest, fingerprint, self._is_free)
         if request is not None:
             return list(_checked(request, fingerprint))
         try:
@@ -110,7 +110,13 @@ class Jobs:
         """Their answers, as soon as all are over or the time is."""
         futures = [ticket.future for ticket in tickets if isinstance(ticket, Ticket)]
         wait(futures, timeout=seconds)
-        return [self._of_ticket(ticket) if isinstance(ticket, Ticket) else ticket for ticket in tickets]
+        answers: list[Answer] = []
+        asks = True
+        for ticket in tickets:
+            answers.append(self._of_ticket(ticket, asks) if isinstance(ticket, Ticket) else ticket)
+            # A store that does not answer for one job is not asked for the next.
+            asks = asks and answers[-1].status != JobStatus.UNKNOWN.value
+        return answers
 
     def status(self, text: str) -> Answer:
         """What is known of a job.
@@ -157,12 +163,8 @@ class Jobs:
             known = self._known_by_process.setdefault(pid, fresh)
         return known
 
-    def _reserve(self, digest: bytes, fingerprint: bytes) -> Request | None:
-        request = self._known.reserve(digest, fingerprint)
-        if request is not None and is_free(request, unknown_too=self.store.is_shared):
-            self._known.release(digest)
-            request = self._known.reserve(digest, fingerprint)
-        return request
+    def _is_free(self, request: Request) -> bool:
+        return is_free(request, unknown_too=self.store.is_shared)
 
     def _accept(
         self,
@@ -207,7 +209,7 @@ class Jobs:
 
     # Telling.
 
-    def _of_ticket(self, ticket: Ticket) -> Answer:
+    def _of_ticket(self, ticket: Ticket, asks: bool = True) -> Answer:
         status = ticket.future.status
         if status is JobStatus.COMPLETED:
             return Answer(ticket.id, COMPLETED, row=ticket.future.result())
@@ -215,7 +217,7 @@ class Jobs:
             return Answer(ticket.id, status.value)
         failure = failure_of(_error_of(ticket))
         if status is JobStatus.UNKNOWN:
-            return self._settled(ticket.id) or Answer(ticket.id, status.value, failure=failure)
+            return (self._settled(ticket.id) if asks else None) or Answer(ticket.id, status.value, failure=failure)
         return Answer(ticket.id, FAILED, failure=failure)
 
     def _settled(self, job_id: str) -> Answer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,15 @@ class Known:
             found = self._finished.get(job_id)
             return self._live.get(job_id) or (found[1] if found else None)
 
-    def reserve(self, key: bytes, fingerprint: bytes) -> Request | None:
-        """What is known under *key*; if that is nothing, the caller has to `keep` or `release` it."""
+    def reserve(self, key: bytes, fingerprint: bytes, is_free: Callable[[Request], bool]) -> Request | None:
+        """What is known under *key* and not free; if that is nothing, the caller has to `keep` or `release` it."""
         with self._lock:
             now = time.monotonic()
             _forget(self._requests, now, self._is_over)
             found = self._requests.get(key)
-            if found is not None:
+            if found is not None and not is_free(found[1]):
                 return found[1]
+            self._requests.pop(key, None)
             self._requests[key] = (now + self._ttl, Request(fingerprint, None))
             return None
 

@@ -192,11 +192,13 @@ def make_tables(connection: psycopg.Connection[Any]) -> sql.Identifier:
 
 def shared_secret(connection: psycopg.Connection[Any]) -> bytes:
     """The key of all ids, made by the first process that asks."""
-    connection.execute(
-        f"INSERT INTO {SECRET_TABLE} (secret) VALUES (%s) ON CONFLICT DO NOTHING".encode(), [secrets.token_bytes(32)]
-    )
-    (secret,) = connection.execute(f"SELECT secret FROM {SECRET_TABLE}".encode()).fetchone() or (b"",)
-    return bytes(secret)
+    look = f"SELECT secret FROM {SECRET_TABLE}".encode()
+    row = connection.execute(look).fetchone()
+    if row is None:
+        make = f"INSERT INTO {SECRET_TABLE} (secret) VALUES (%s) ON CONFLICT DO NOTHING".encode()
+        connection.execute(make, [secrets.token_bytes(32)])
+        row = connection.execute(look).fetchone() or (b"",)
+    return bytes(row[0])
 
 
 def _are_there(connection: psycopg.Connection[Any]) -> bool:

@@ -141,6 +141,10 @@ def ticket(name: str, outcome: Any = None) -> Ticket:
     return Ticket(name, future)
 
 
+def never(request: Request) -> bool:
+    return False
+
+
 def test_so_many_finished_jobs_are_known() -> None:
     known = Known(history=3, ttl=60)
     for number in range(5):
@@ -148,13 +152,17 @@ def test_so_many_finished_jobs_are_known() -> None:
     assert [known.find(str(number)) is not None for number in range(5)] == [False, False, True, True, True]
 
 
-def test_a_key_is_reserved_once_however_many_ask() -> None:
+@pytest.mark.parametrize("before", ["nothing", "a failure"])
+def test_a_key_is_reserved_once_however_many_ask(before: str) -> None:
     known, got = Known(history=3, ttl=60), []
     barrier = threading.Barrier(8)
+    if before == "a failure":
+        assert known.reserve(b"key", b"body", never) is None
+        known.keep(b"key", Request(b"body", (ticket("x", ValueError("bad")),)))
 
     def ask() -> None:
         barrier.wait(10)
-        got.append(known.reserve(b"key", b"body"))
+        got.append(known.reserve(b"key", b"body", lambda request: is_free(request, unknown_too=False)))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -170,13 +178,13 @@ def test_keys_of_jobs_under_way_are_never_forgotten() -> None:
     under_way = Ticket("under way", pending)
     for number in range(5):
         key = bytes([number])
-        assert known.reserve(key, b"") is None
+        assert known.reserve(key, b"", never) is None
         known.keep(key, Request(b"", (under_way if number == 0 else ticket(str(number)),)))
-    assert known.reserve(b"\0", b"") is not None
+    assert known.reserve(b"\0", b"", never) is not None
     pending.set_result("{}")
-    assert known.reserve(b"x", b"") is None
+    assert known.reserve(b"x", b"", never) is None
     known.keep(b"x", Request(b"", (ticket("x"),)))
-    assert known.reserve(b"\0", b"") is None, "now it may go"
+    assert known.reserve(b"\0", b"", never) is None, "now it may go"
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,21 @@ def test_a_failure_says_what_it_is_and_quotes_nothing(error: Exception, kind: st
 def test_an_unheard_of_sqlstate_is_shown_as_it_is() -> None:
     error = type("Custom", (psycopg.DatabaseError,), {"sqlstate": "P0999"})("secret")
     assert failure_of(error) == Failure("refused", "The database refused the row: SQLSTATE P0999.", "P0999", None)
+
+
+def test_a_store_that_does_not_answer_is_asked_once(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def settle(job_id: str, failure: Failure) -> None:
+        asked.append(job_id)
+        raise DeliveryTimeout
+
+    jobs = app.extensions["microbatch.jobs"]
+    monkeypatch.setattr(jobs.store, "settle", settle)
+    answers = jobs.wait([ticket(str(number), OutcomeUnknown("?")) for number in range(5)], 1.0)
+
+    assert [answer.status for answer in answers] == ["unknown"] * 5
+    assert asked == ["0"]
 
 
 # Tables.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +11,12 @@ import psycopg
 import pytest
 from flask import Flask
 from proxy import Harm, Message, Once, Proxy, behind_commit, is_commit
+from psycopg.conninfo import make_conninfo
 
-from microbatch.service import create_app, store
+from microbatch.service import ServiceError, create_app, store
 from microbatch.service.failures import LOST, NotCompleted
 from microbatch.service.ids import Ids
+from microbatch.service.server import store_ddl
 from microbatch.service.writer import Submission
 from service.answers import JOB, assert_problem, rows_of
 
@@ -185,6 +188,28 @@ def test_outcomes_that_this_process_forgot_are_in_the_store(make_app: Callable[.
     app = make_app(history=0)
     answers = [submit(app, JOB) for _ in range(3)]
     assert [told_by(app, answer["jobId"]).get_json() for answer in answers] == answers
+
+
+def test_a_role_needs_no_more_than_it_is_said_to(database: str) -> None:
+    name = f"microbatch_{secrets.token_hex(4)}"
+    with psycopg.connect(database, autocommit=True) as owner:
+        owner.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'role'".encode())
+        owner.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        owner.execute("CREATE TABLE orders (id bigint GENERATED ALWAYS AS IDENTITY, n int)")
+        owner.execute(f"GRANT SELECT, INSERT ON orders TO {name}".encode())
+        role = make_conninfo(database, user=name, password="role")
+        try:
+            with pytest.raises(ServiceError, match="init-db --service"):
+                create_app(role, table="orders")
+            printed = store_ddl()
+            assert "GRANT SELECT, INSERT, UPDATE, DELETE ON microbatch_status, microbatch_secret TO ...;" in printed
+            owner.execute(printed.replace("-- For the role of the service: ", "").replace("...", name).encode())
+            app = create_app(role, table="orders")
+            answer = submit(app, {"n": 5})
+            assert (answer["status"], answer["result"]) == ("completed", {"id": 1, "n": 5})
+            app.extensions["microbatch.jobs"].shutdown()
+        finally:
+            owner.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
 
 
 # A database that does not answer.
