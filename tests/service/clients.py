@@ -307,9 +307,7 @@ def trial(
         seen = load(port, clients, seconds, "calm")
         answering = ask_every_worker(port, workers, seen, sample)
         figures = compare(database, seen, "calm")
-        end(process)
-    said.append(f"calm: {dict(figures)}, {dict(seen.codes)}, statuses found on {answering} workers")
-    with gunicorn(database, workers, directory / "term.log") as (port, process):
+        said.append(f"calm: {dict(figures)}, {dict(seen.codes)}, statuses found on {answering} workers")
         seen = load(port, clients, seconds, "term", lambda: process.send_signal(signal.SIGTERM))
         assert process.wait(PATIENCE) == 0, f"gunicorn ended with {process.returncode}"
         figures = compare(database, seen, "term")

@@ -193,7 +193,10 @@ def test_outcomes_that_this_process_forgot_are_in_the_store(make_app: Callable[.
 def test_a_role_needs_no_more_than_it_is_said_to(database: str) -> None:
     name = f"microbatch_{secrets.token_hex(4)}"
     with psycopg.connect(database, autocommit=True) as owner:
-        owner.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'role'".encode())
+        try:
+            owner.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'role'".encode())
+        except psycopg.errors.InsufficientPrivilege:
+            pytest.skip("this server's user may not create roles")
         owner.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         owner.execute("CREATE TABLE orders (id bigint GENERATED ALWAYS AS IDENTITY, n int)")
         owner.execute(f"GRANT SELECT, INSERT ON orders TO {name}".encode())
