@@ -447,7 +447,9 @@
     list.replaceChildren();
     for (const [name, value] of Object.entries(result || {})) {
       if (value === null && status !== "completed") continue;
-      list.append(make("dt", name), make("dd", typeof value === "object" ? JSON.stringify(value) : String(value)));
+      const text = typeof value === "object" ? JSON.stringify(value) : String(value);
+      const kind = text.length > 22 ? "long" : "";
+      list.append(make("dt", name, kind), make("dd", text, kind));
     }
   }
 
