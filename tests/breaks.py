@@ -693,6 +693,25 @@ BREAKS = (
         ("service/test_serve.py::test_P6_a_signal_drains_and_answers_who_waits",),
         seconds=40,
     ),
+    Break(
+        "a fork in the middle of a value",
+        "P7",
+        "instrumentation/measures.py",
+        (
+            (
+                "before=writing.acquire, after_in_parent=writing.release, after_in_child=writing.release",
+                "before=os.getpid",
+            ),
+        ),
+        ("test_prometheus.py::test_P7_a_fork_waits_until_nobody_is_in_the_middle_of_a_value",),
+    ),
+    Break(
+        "a feed without bound",
+        "P5",
+        "service/feed.py",
+        (("while next(iter(self.seconds)) <= at - HISTORY:", "while False:"),),
+        ("service/test_feed.py::test_P5_the_feed_is_bounded",),
+    ),
 )
 
 

@@ -109,7 +109,7 @@ def test_batches_say_how_they_ended(clock: ManualClock) -> None:
     assert (last["trigger"], last["outcome"], last["failed"], last["attempt"]) == ("retry", "completed", 1, 2)
 
 
-def test_the_feed_is_bounded(clock: ManualClock) -> None:
+def test_P5_the_feed_is_bounded(clock: ManualClock) -> None:
     batcher, feed = fed(clock, *[answer] * (HISTORY + 50))
     for number in range(HISTORY + 50):
         batcher.submit(Job(f"bad {number}"))
