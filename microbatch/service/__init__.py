@@ -6,6 +6,7 @@ from microbatch.errors import MissingExtra
 
 try:
     import flask  # noqa: F401
+    import prometheus_client  # noqa: F401
 except ImportError as error:
     raise MissingExtra("pip install 'microbatch[service]'") from error
 

@@ -173,7 +173,7 @@ def submit_a_bad_one(page: Page) -> None:
     assert "23514" in told
     assert "amount_is_positive" in told
     page.wait_for_text("#failures", "amount_is_positive")
-    page.wait_for_text("#batches", "1 failed alone")
+    page.wait_for_text("#batches", "1 failed")
     page.wait_for("document.querySelector('#outcomes li:nth-child(2) .count').innerText === '1'")
 
 

@@ -52,7 +52,10 @@
     for (const second of told.seconds) known.seconds.set(second.at, second);
     for (const at of known.seconds.keys()) if (at < now - how.history) known.seconds.delete(at);
     Object.assign(known, { stats: told.stats, batches: told.batches, failures: told.failures, heard: now });
-    for (const [id, each] of processes) if (now - each.heard > QUIET) processes.delete(id);
+    for (const [id, each] of processes) {
+      // Where there is one process at a time, another one means that the service was started anew.
+      if (id !== told.process && (pace === ONE || now - each.heard > QUIET)) processes.delete(id);
+    }
   }
 
   function sum(name) {
@@ -330,7 +333,7 @@
       const outcome = make("td");
       const again = batch.attempt > 1 ? `, attempt ${batch.attempt}` : "";
       if (batch.outcome === "failed") outcome.append(make("span", `failed${again}`, "pill bad"));
-      else if (batch.failed) outcome.append(make("span", `${number(batch.failed)} failed alone${again}`, "pill busy"));
+      else if (batch.failed) outcome.append(make("span", `${number(batch.failed)} failed${again}`, "pill busy"));
       else outcome.append(make("span", `completed${again}`, "pill good"));
       return row(
         make("td", time(batch.at)), make("td", number(batch.size), "number"), make("td", batch.trigger),
