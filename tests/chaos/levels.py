@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import apache, load, processes, simulator, storm
+from . import apache, load, processes, schedules, simulator, storm
 from .report import Finding
 from .verdict import Verdict
 
@@ -77,16 +77,33 @@ def _told(seed: int) -> Finding:
     return finding
 
 
+def run_schedules(settings: Settings) -> list[Finding]:
+    """Every order with one preemption; a long run has the time for two."""
+    preemptions = 1 if settings.is_short else 2
+    finding = Finding("", Verdict())
+    began = time.monotonic()
+    for name, scenario in schedules.SCENARIOS.items():
+        seconds = 60.0 if settings.is_short else settings.seconds / 2
+        count, problems, complete = schedules.explore(scenario, preemptions, seconds)
+        finding.verdict.jobs += count
+        finding.problems += [f"{name}: {problem}" for problem in problems]
+        if not complete:
+            finding.note += f"{name} not to its end; "
+    finding.name = f"schedules: {len(schedules.SCENARIOS)} scenarios, {preemptions} preemptions"
+    finding.faults, finding.seconds = finding.verdict.jobs, time.monotonic() - began
+    return [finding]
+
+
 def run_storm(settings: Settings) -> list[Finding]:
     return storm.run(settings.seed, settings.seconds)
 
 
 def run_kills(settings: Settings) -> list[Finding]:
-    return [processes.kill_nine(settings.seed, 4 if settings.is_short else 25)]
+    return [processes.kill_nine(settings.seed, 3 if settings.is_short else 25)]
 
 
 def run_forks(settings: Settings) -> list[Finding]:
-    children = 30 if settings.is_short else 150
+    children = 20 if settings.is_short else 150
     cases = {f"{children} forks under load": lambda path: processes.forks(path, children)}
     for method in ("fork", "spawn") if settings.is_short else ("fork", "spawn", "forkserver"):
         cases[f"multiprocessing, {method}"] = lambda path, method=method: processes.multiprocess(path, method)
@@ -112,7 +129,7 @@ def run_servers(settings: Settings) -> list[Finding]:
 
 
 def run_load(settings: Settings) -> list[Finding]:
-    seconds = 12.0 if settings.is_short else settings.seconds
+    seconds = 8.0 if settings.is_short else settings.seconds
     cases: dict[str, Callable[[Path], Finding]] = {
         "64 producers at the bound": lambda path: load.sustained(seconds),
         "a burst of 100 x the bound, block": lambda path: load.burst("block"),
@@ -137,6 +154,7 @@ def _has(name: str, *files: Path | str, remedy: str = "pip install 'microbatch[c
 
 LEVELS: dict[str, Level] = {
     "simulator": run_simulator,
+    "schedules": run_schedules,
     "storm": run_storm,
     "kills": run_kills,
     "forks": run_forks,
