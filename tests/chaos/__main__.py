@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(name: str, settings: Settings, failures: Path) -> list[Finding]:
-    faulthandler.dump_traceback_later(BOUND + 4 * settings.seconds, exit=True)
+    faulthandler.dump_traceback_later(BOUND + 4 * settings.seconds, exit=True, file=sys.__stderr__)
     began = time.monotonic()
     print(f"{name} (seed {settings.seed})", flush=True)
     findings = LEVELS[name](settings)

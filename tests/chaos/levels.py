@@ -83,7 +83,7 @@ def run_schedules(settings: Settings) -> list[Finding]:
     finding = Finding("", Verdict())
     began = time.monotonic()
     for name, scenario in schedules.SCENARIOS.items():
-        seconds = 60.0 if settings.is_short else settings.seconds / 2
+        seconds = 60.0 if settings.is_short else settings.seconds / 4
         count, problems, complete = schedules.explore(scenario, preemptions, seconds)
         finding.verdict.jobs += count
         finding.problems += [f"{name}: {problem}" for problem in problems]

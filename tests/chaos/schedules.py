@@ -290,7 +290,7 @@ class Run:
 
     def _hand_back(self) -> None:
         self.rest.set()
-        self.first_is_done.wait(BOUND)
+        self.first_is_done.wait(BLOCKED)
 
     def _run_others(self, others: list[Step]) -> None:
         for number, step in enumerate(others):
