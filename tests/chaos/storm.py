@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -316,7 +316,7 @@ def run(seed: int, seconds: float) -> list[Finding]:
     with ExitStack() as stack:
         # The machine survives every crash here, and so does what the server has written, synced or not.
         server = stack.enter_context(EmbeddedPostgres(shared_buffers="32MB", fsync=False))
-        lanes = [stack.enter_context(_lane(server.dsn, way)) for way in WAYS]
+        lanes = [stack.enter_context(at_work(server.dsn, way)) for way in WAYS]
         weather = Weather(server, lanes, seed)
         began = time.monotonic()
         _let_it_rage(lanes, weather, seed, seconds)
@@ -326,17 +326,12 @@ def run(seed: int, seconds: float) -> list[Finding]:
     return findings
 
 
-class _lane(ExitStack):  # noqa: N801
-    def __init__(self, dsn: str, way: Way) -> None:
-        super().__init__()
-        self.dsn, self.way = dsn, way
-
-    def __enter__(self) -> Lane:  # type: ignore[override]
-        way = self.way
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            connection.execute(f"CREATE TABLE {way.table} ({way.identity}, {COLUMNS})")
-            connection.execute(DDL)
-        proxy = self.enter_context(Proxy(self.dsn))
+@contextmanager
+def at_work(dsn: str, way: Way) -> Iterator[Lane]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLE {way.table} ({way.identity}, {COLUMNS})")
+        connection.execute(DDL)
+    with Proxy(dsn) as proxy:
         batcher = MicroBatcher[Any, Any](
             way.processor(proxy.conninfo, way.table),
             max_batch_size=100,
@@ -345,10 +340,12 @@ class _lane(ExitStack):  # noqa: N801
             delivery_timeout=way.delivery,
             name=way.table,
         )
-        self.callback(batcher.shutdown, timeout=1.0)
         lane = Lane(way, proxy, batcher)
         proxy.plan = lane.plan
-        return lane
+        try:
+            yield lane
+        finally:
+            batcher.shutdown(timeout=1.0)
 
 
 def _let_it_rage(lanes: list[Lane], weather: Weather, seed: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from microbatch import BatcherClosed, DeliveryTimeout, OutcomeUnknown
 
-Key = Hashable
+Key = Any
 
 
 class Kind(Enum):
