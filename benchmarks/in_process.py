@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from report import absolute, interleaved, machine, ratio
+from report import absolute, interleaved, keep, machine, ratio
 
 from microbatch import MicroBatcher
 
@@ -66,16 +66,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--jobs", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=16, help="of the closed loop")
+    parser.add_argument("--threads", type=int, nargs="*", default=[16], help="of the closed loop")
     parser.add_argument("--max-batch-size", type=int, default=1000)
     arguments = parser.parse_args()
     options = {"max_batch_size": arguments.max_batch_size, "max_outstanding": arguments.jobs}
     shapes: dict[str, Callable[[Submit], float]] = {
         "submit all, then wait": partial(at_once, jobs=arguments.jobs),
-        f"closed loop, {arguments.threads} threads": partial(
-            closed_loop, jobs=arguments.jobs // 4, threads=arguments.threads
-        ),
     }
+    for threads in arguments.threads:
+        shapes[f"closed loop, {threads} threads"] = partial(closed_loop, jobs=arguments.jobs // 4, threads=threads)
 
     print(f"No-op jobs per second, MicroBatcher against ThreadPoolExecutor(1)\n\n{machine('microbatch')}")
     print(f"  settings  {vars(arguments)}; medians, in brackets the extremes\n")
@@ -87,6 +86,7 @@ def main() -> None:
             },
             arguments.repetitions,
         )
+        keep(name, rates)
         ours, theirs = rates.values()
         print(f"{name}\n" + "\n".join(absolute(side, values, "jobs/s") for side, values in rates.items()))
         print(ratio("ratio", ours, theirs) + "\n")

@@ -23,7 +23,7 @@ import psycopg
 from database import add_options, bench, delayed
 from psycopg.pq import ExecStatus
 from psycopg.rows import dict_row
-from report import absolute, interleaved, ratio
+from report import absolute, interleaved, keep, ratio
 
 from microbatch.processors.postgres import PostgresProcessor
 from microbatch.protocols import Batch
@@ -175,6 +175,7 @@ def compare(title: str, processor: PostgresProcessor, clean: Mapping[str, Run], 
     size, kinds = arguments.batch_size, sorted({min(k, arguments.batch_size) for k in arguments.bad})
     runs: dict[str, Run] = {f"{k} bad": partial(isolated, processor, size, k) for k in kinds}
     measured = interleaved({**clean, **runs}, arguments.repetitions)
+    keep(title, measured)
     print(f"{title}, batches of {size}")
     for name, values in measured.items():
         print(absolute(name, values, "ms"))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psycopg
 from database import add_options, bench
-from report import absolute, interleaved, ratio
+from report import absolute, interleaved, keep, ratio
 
 from microbatch.load import LoadOptions, load
 
@@ -112,6 +112,7 @@ def main() -> None:
                 },
                 arguments.repetitions,
             )
+    keep("load", seconds)
     print(f"{rows} rows, {len(expected)} of them bad: {rows - len(expected)} committed, {len(expected)} rejected")
     print("\n".join(absolute(name, values, "s") for name, values in seconds.items()))
     print(ratio("with bad rows to clean", seconds["with bad rows"], seconds["clean"]))

@@ -32,7 +32,7 @@ from postgres_statement import (
 )
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
-from report import absolute, interleaved, ratio
+from report import absolute, interleaved, keep, ratio
 
 from microbatch import MicroBatcher
 from microbatch.processors.postgres import PostgresProcessor
@@ -137,6 +137,7 @@ def report_saturated(dsn: str, arguments: argparse.Namespace) -> None:
         },
         arguments.repetitions,
     )
+    keep("saturated", rates)
     print(f"saturated, {rows} rows in batches of {size}")
     print("\n".join(absolute(name, values, "rows/s") for name, values in rates.items()))
     ours, two, raw, awaited, pool = rates.values()
@@ -155,6 +156,7 @@ def report_single(dsn: str, arguments: argparse.Namespace) -> None:
         },
         arguments.repetitions,
     )
+    keep("closed loop, one thread", loops)
     print("closed loop, one thread")
     for name, runs in loops.items():
         print(absolute(f"{name}: p50", [run.p50 for run in runs], "ms"))

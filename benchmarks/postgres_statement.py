@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import psycopg
 from database import add_options, bench
+from loops import Loop, closed_loop
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
-from report import absolute, interleaved, percentile, ratio
+from report import absolute, interleaved, keep, ratio
 
 from microbatch import MicroBatcher
 from microbatch.processors.postgres import PostgresProcessor
@@ -79,36 +77,6 @@ def through_batcher(dsn: str, rows: int, size: int) -> float:
 # Closed loop
 
 
-@dataclass(frozen=True)
-class Loop:
-    """Rows per second, and latencies in milliseconds."""
-
-    rate: float
-    p50: float
-    p99: float
-
-
-def closed_loop(write: Write, threads: int, seconds: float) -> Loop:
-    gate = threading.Barrier(threads)
-
-    def client() -> tuple[float, float, list[float]]:
-        latencies = []
-        gate.wait()
-        begin = last = time.perf_counter()
-        while last - begin < seconds:
-            write(payment(len(latencies)))
-            now = time.perf_counter()
-            latencies.append(now - last)
-            last = now
-        return begin, last, latencies
-
-    with ThreadPoolExecutor(threads) as executor:
-        clients = [future.result() for future in [executor.submit(client) for _ in range(threads)]]
-    ordered = sorted(latency for _, _, latencies in clients for latency in latencies)
-    elapsed = max(end for _, end, _ in clients) - min(begin for begin, _, _ in clients)
-    return Loop(len(ordered) / elapsed, percentile(ordered, 0.5) * 1000, percentile(ordered, 0.99) * 1000)
-
-
 @contextmanager
 def direct(dsn: str, size: int) -> Iterator[Write]:
     """BEGIN; INSERT; COMMIT on a connection of a pool."""
@@ -125,7 +93,7 @@ def direct(dsn: str, size: int) -> Iterator[Write]:
 def loop_direct(dsn: str, size: int, threads: int, seconds: float) -> Loop:
     with direct(dsn, size) as write:
         write(payment(0))
-        return closed_loop(write, threads, seconds)
+        return closed_loop(write, threads, seconds, payment)
 
 
 def by_statement(dsn: str) -> PostgresProcessor:
@@ -135,7 +103,7 @@ def by_statement(dsn: str) -> PostgresProcessor:
 def loop_batcher(dsn: str, processor: Callable[[str], PostgresProcessor], threads: int, seconds: float) -> Loop:
     with MicroBatcher[Row, Row](processor(dsn)) as batcher:
         batcher.execute(payment(0))
-        return closed_loop(batcher.execute, threads, seconds)
+        return closed_loop(batcher.execute, threads, seconds, payment)
 
 
 def report_loops(
@@ -146,7 +114,9 @@ def report_loops(
     batched = {"microbatch": partial(loop_batcher, dsn, processor, threads, arguments.seconds)}
     loops = interleaved({**pools, **batched}, arguments.repetitions)
     best = max(pools, key=lambda name: median(loop.rate for loop in loops[name]))
-    print(f"closed loop, {threads} thread{'s' if threads > 1 else ''}")
+    section = f"closed loop, {threads} thread{'s' if threads > 1 else ''}"
+    keep(section, loops)
+    print(section)
     for name, runs in loops.items():
         print(absolute(f"{name}: rate", [run.rate for run in runs], "rows/s"))
         for figure in ("p50", "p99"):
@@ -167,6 +137,7 @@ def report_saturated(dsn: str, arguments: argparse.Namespace) -> None:
         },
         arguments.repetitions,
     )
+    keep("saturated", rates)
     print(f"saturated, {rows} rows in batches of {size}")
     print("\n".join(absolute(name, values, "rows/s") for name, values in rates.items()))
     print(ratio("microbatch to raw loop", *rates.values()) + "\n")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+KEEP = "MICROBATCH_BENCHMARKS_KEEP"  # names the file that `python -m benchmarks` reads
 
 
 def interleaved(variants: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
@@ -46,13 +50,25 @@ def machine(*packages: str) -> str:
 
 
 def absolute(name: str, values: Sequence[float], unit: str) -> str:
-    return f"  {name:<44} {median(values):>12,.1f} {unit:<7} ({min(values):,.1f} .. {max(values):,.1f})"
+    return f"  {name:<52} {median(values):>12,.1f} {unit:<7} ({min(values):,.1f} .. {max(values):,.1f})"
 
 
 def ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The median of the per-repetition ratios, and their spread."""
     values = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return f"  {name:<44} {median(values):>12.2f} x       ({min(values):.2f} .. {max(values):.2f})"
+    return f"  {name:<52} {median(values):>12.2f} x       ({min(values):.2f} .. {max(values):.2f})"
+
+
+def keep(section: str, measured: Mapping[str, Sequence[Any]], missing: Mapping[str, str] | None = None) -> None:
+    """Every single measurement, for the report over all scripts; *missing* says why a variant was not measured."""
+    if path := os.environ.get(KEEP):
+        plain = {name: [_plain(value) for value in values] for name, values in measured.items()}
+        with open(path, "a") as file:
+            file.write(json.dumps({"section": section, "measured": plain, "missing": dict(missing or {})}) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
