@@ -93,16 +93,14 @@ class Jobs:
             return list(_checked(request, fingerprint))
         try:
             keys = [_digest(digest + number.to_bytes(4, "big")) for number in range(len(rows))]
-            entries = self._ask(lambda: self.store.find_keys(keys))
-            if any(entry is not None and entry.fingerprint != fingerprint for entry in entries):
-                raise _key_reused()
-            if all(entries):
-                self._known.release(digest)
-                return [_of_entry(entry) for entry in entries if entry is not None]
-            tickets = self._accept(rows, client, keys, fingerprint)
+            stored = self._stored(keys, fingerprint)
+            tickets = () if stored else self._accept(rows, client, keys, fingerprint)
         except BaseException:
             self._known.release(digest)
             raise
+        if stored:
+            self._known.release(digest)
+            return list(stored)
         self._known.keep(digest, Request(fingerprint, tickets))
         return list(tickets)
 
@@ -163,6 +161,13 @@ class Jobs:
             known = self._known_by_process.setdefault(pid, fresh)
         return known
 
+    def _stored(self, keys: Sequence[bytes], fingerprint: bytes) -> list[Answer]:
+        """What another process wrote under these keys; empty unless it is all."""
+        entries = self._ask(lambda: self.store.find_keys(keys))
+        if any(entry is not None and entry.fingerprint != fingerprint for entry in entries):
+            raise _key_reused()
+        return [_of_entry(entry) for entry in entries] if all(entries) else []
+
     def _is_free(self, request: Request) -> bool:
         return is_free(request, unknown_too=self.store.is_shared)
 
@@ -174,22 +179,18 @@ class Jobs:
         fingerprint: bytes | None = None,
     ) -> tuple[Ticket, ...]:
         known = self._known
-        if self._is_database_away():
-            raise _database_away()
-        if not known.enter(client, len(rows), self._most):
-            raise Problem(429, "too-many-jobs", f"This client has {self._most} jobs outstanding, or nearly so.", 1)
         submissions = [
             Submission(self._ids.new().text, self._columns, row, keys[number] if keys else None, fingerprint)
             for number, row in enumerate(rows)
         ]
+        if self._is_database_away():
+            raise _database_away()
+        if not known.enter(client, len(rows), self._most):
+            raise Problem(429, "too-many-jobs", f"This client has {self._most} jobs outstanding, or nearly so.", 1)
         try:
             futures = self._submit(submissions)
-        except BaseException as error:
+        except BaseException:
             known.leave(client, len(rows))
-            if isinstance(error, QueueFull):
-                raise unavailable("queue-full", "Too many jobs are outstanding: try again.") from None
-            if isinstance(error, BatcherClosed):
-                raise _shut_down() from None
             raise
         tickets = tuple(Ticket(each.id, future) for each, future in zip(submissions, futures, strict=True))
         for ticket in tickets:
@@ -198,9 +199,14 @@ class Jobs:
         return tickets
 
     def _submit(self, submissions: list[Submission]) -> list[Any]:
-        if len(submissions) == 1:
-            return [self.batcher.submit(submissions[0], job_id=submissions[0].id)]
-        return list(self.batcher.submit_many(submissions))
+        try:
+            if len(submissions) == 1:
+                return [self.batcher.submit(submissions[0], job_id=submissions[0].id)]
+            return list(self.batcher.submit_many(submissions))
+        except QueueFull:
+            raise unavailable("queue-full", "Too many jobs are outstanding: try again.") from None
+        except BatcherClosed:
+            raise _shut_down() from None
 
     def _is_database_away(self) -> bool:
         # With nothing outstanding the next job is what finds out.

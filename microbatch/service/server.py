@@ -27,6 +27,12 @@ from .settings import Settings, settings_from
 from .store import DDL, SECRET_TABLE, make_tables
 from .writer import STATUS_TABLE
 
+try:
+    from waitress import create_server  # type: ignore[import-untyped]
+    from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
+except ImportError as error:
+    raise MissingExtra("pip install 'microbatch[service]'") from error
+
 _LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
 _TICK = 0.02
 
@@ -37,28 +43,13 @@ def serve(host: str, port: int, threads: int, read_timeout: int, settings: Setti
     Args:
         read_timeout: seconds in which a request has to be here.
     """
-    try:
-        from waitress import create_server  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtra("pip install 'microbatch[service]'") from error
-
     _check_address(host, settings)
     settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with _listening(host, port) as listening:
         app = _make(settings)
         try:
-            server = create_server(
-                app,
-                sockets=[listening],
-                threads=threads,
-                ident=None,
-                max_request_body_size=4 * MAX_BYTES,
-                channel_timeout=read_timeout,
-                cleanup_interval=max(1, read_timeout // 4),
-                clear_untrusted_proxy_headers=False,  # the gate wants to see them
-            )
-            server.channel_class = _channel_class(read_timeout)
+            server = _server(app, listening, threads, read_timeout)
             _announce(app, server, settings)
             with _Stopper(app, server) as stopper:
                 server.run()
@@ -146,9 +137,22 @@ def _listening(host: str, port: int) -> socket.socket:
     raise CommandError(f"cannot listen on {host} port {port}: {why}")
 
 
-def _channel_class(read_timeout: int) -> Any:
-    from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
+def _server(app: Flask, listening: socket.socket, threads: int, read_timeout: int) -> Any:
+    server = create_server(
+        app,
+        sockets=[listening],
+        threads=threads,
+        ident=None,
+        max_request_body_size=4 * MAX_BYTES,
+        channel_timeout=read_timeout,
+        cleanup_interval=max(1, read_timeout // 4),
+        clear_untrusted_proxy_headers=False,  # the gate wants to see them
+    )
+    server.channel_class = _channel_class(read_timeout)
+    return server
 
+
+def _channel_class(read_timeout: int) -> Any:
     class Channel(HTTPChannel):  # type: ignore[misc]
         """Hangs up on a request that trickles in; on one that stops, waitress does."""
 
