@@ -98,6 +98,30 @@ def test_a_job_that_the_database_refuses_fails_alone_and_says_why(
     assert [item["status"] for item in mixed] == ["failed", "completed"]
 
 
+def test_values_reach_neither_an_answer_nor_a_log(
+    make_app: Callable[..., Flask], shared_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with psycopg.connect(shared_database) as connection:
+        connection.execute("CREATE TABLE diary (entry text UNIQUE CHECK (entry NOT LIKE 'geheim-x%'), day date)")
+    client = make_app(table="diary").test_client()
+    caplog.set_level("DEBUG")
+    jobs = [
+        {"entry": "geheim-x1", "day": None},
+        {"entry": "geheim-y", "day": None},
+        {"entry": "geheim-y", "day": None},
+        {"entry": "z", "day": "geheim-day"},
+    ]
+
+    told = client.post("/submit-job?wait=20", json=jobs).get_json()
+
+    assert [job["status"] for job in told] == ["failed", "completed", "failed", "failed"]
+    assert [job["result"]["sqlstate"] for job in told if job["status"] == "failed"] == ["23514", "23505", "22007"]
+    failed = json.dumps([job for job in told if job["status"] == "failed"])
+    assert "geheim" not in failed
+    assert "INSERT" not in failed
+    assert "geheim" not in caplog.text
+
+
 def test_after_the_shutdown_submits_are_refused_and_the_rest_answers(make_app: Callable[..., Flask]) -> None:
     app = make_app()
     client = app.test_client()

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from microbatch.errors import BatcherClosed, DeliveryTimeout, OutcomeUnknown
-from microbatch.service import ServiceError
+from microbatch.service import ServiceError, create_app
 from microbatch.service.failures import HTTP_STATUS, Failure, failure_of
 from microbatch.service.ids import Ids
 from microbatch.service.known import Known, Request, Ticket, is_free
@@ -78,6 +78,13 @@ def test_a_wrong_setting_is_named(environ: dict[str, str], said: str) -> None:
 def test_settings_show_no_secret() -> None:
     shown = repr(settings_from({}, dsn="password=geheim", token="geheim", admin_token="geheim", secret="geheim"))
     assert "geheim" not in shown
+
+
+def test_gunicorns_workers_start_no_database_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_SOFTWARE", "gunicorn/27.0.1")
+    monkeypatch.delenv("MICROBATCH_DSN", raising=False)
+    with pytest.raises(ServiceError, match="set MICROBATCH_DSN"):
+        create_app()
 
 
 # Ids.

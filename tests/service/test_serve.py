@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +250,14 @@ def test_an_unreachable_database_is_one_line_without_the_password(complaint: Cal
     assert "conn" in said
     assert "geh" not in said
     assert "eim" not in said
+
+
+@pytest.mark.parametrize("missing", ["flask", "waitress"])
+def test_a_missing_extra_is_one_line_with_the_cure(missing: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; from microbatch.cli import main; exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "microbatch serve: pip install 'microbatch[service]'\n"
 
 
 def test_init_db_makes_the_tables_of_the_store(database: str, capsys: pytest.CaptureFixture[str]) -> None:
