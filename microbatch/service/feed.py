@@ -43,6 +43,10 @@ class Second:
     outstanding: int = 0
     latencies: dict[int, int] = field(default_factory=dict)
 
+    def see(self, queued: int, outstanding: int) -> None:
+        self.queued = max(self.queued, queued)
+        self.outstanding = max(self.outstanding, outstanding)
+
 
 class Feed:
     """Listens to *batcher*; every method may be called from any thread, and none blocks.
@@ -66,7 +70,7 @@ class Feed:
         stats = self._stats()
         here, now = self._here(), self._clock()
         with here.lock:
-            here.look(now, stats.queued, stats.outstanding)
+            here.second(now).see(stats.queued, stats.outstanding)
             return {
                 "process": here.id,
                 "now": now,
@@ -106,10 +110,13 @@ class Feed:
 
     def _batch_started(self, event: BatchStarted) -> None:
         here, now = self._here(), self._clock()
-        if now - here.looked >= _LOOK or now < here.looked:
-            stats = self._stats()
-            with here.lock:
-                here.look(now, stats.queued, stats.outstanding)
+        with here.lock:
+            here.second(now).see(0, event.size)
+            if not here.may_look(now):
+                return
+        stats = self._stats()
+        with here.lock:
+            here.second(now).see(stats.queued, stats.outstanding)
 
     def _batch_completed(self, event: BatchCompleted) -> None:
         self._batch(event, event.failed, "completed")
@@ -131,7 +138,7 @@ class Feed:
 
 
 class _Process:
-    """What one process knows. Everything but `looked` is used under `lock`."""
+    """What one process knows; used under `lock`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -152,11 +159,11 @@ class _Process:
                 self.seconds.popitem(last=False)
         return found
 
-    def look(self, now: float, queued: int, outstanding: int) -> None:
-        second = self.second(now)
-        second.queued = max(second.queued, queued)
-        second.outstanding = max(second.outstanding, outstanding)
+    def may_look(self, now: float) -> bool:
+        if 0 <= now - self.looked < _LOOK:
+            return False
         self.looked = now
+        return True
 
 
 def _count(second: Second, seconds: float) -> None:

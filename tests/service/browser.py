@@ -42,6 +42,10 @@ def find_chromium() -> str | None:
     return next((path for name in names if (path := shutil.which(name)) is not None), None)
 
 
+class RefusedError(AssertionError):
+    """Chromium cannot do what it is asked to, perhaps because the page is just changing."""
+
+
 class Browser:
     """One Chromium; for one thread. Use it in a `with`."""
 
@@ -104,7 +108,7 @@ class Browser:
             answer = self._next(give_up)
             if answer.get("id") == self._number:
                 if "error" in answer:
-                    raise AssertionError(f"{method}: {answer['error']}")
+                    raise RefusedError(f"{method}: {answer['error']}")
                 result: dict[str, Any] = answer["result"]
                 return result
             self._events.append(answer)
@@ -161,9 +165,15 @@ class Page:
     def wait_for(self, expression: str) -> None:
         """Until it is true."""
         give_up = time.monotonic() + PATIENCE
-        while not self.ask(f"document.readyState === 'complete' && Boolean({expression})"):
+        while not self._is(expression):
             assert time.monotonic() < give_up, f"{expression}; the page says: {self.text('body')}; {self.complaints()}"
             time.sleep(0.05)
+
+    def _is(self, expression: str) -> bool:
+        try:
+            return bool(self.ask(f"document.readyState === 'complete' && Boolean({expression})"))
+        except RefusedError:
+            return False
 
     def wait_for_text(self, selector: str, text: str) -> None:
         wanted = f"document.querySelector({json.dumps(selector)})?.innerText.includes({json.dumps(text)})"

@@ -93,6 +93,15 @@ def test_the_queue_is_seen_by_who_asks_and_by_the_batches(clock: ManualClock) ->
     assert [(second["queued"], second["outstanding"]) for second in feed.read()["seconds"]] == [(5, 7)]
 
 
+def test_a_batch_is_seen_however_short_ago_somebody_looked(clock: ManualClock) -> None:
+    batcher, feed = fed(clock)
+    feed.read()
+    batcher.submit_many([Job()] * 4)
+    clock.advance(0.1)
+    batcher.submit_many([Job()] * 6)
+    assert [second["outstanding"] for second in feed.read()["seconds"]] == [6]
+
+
 def test_a_failure_says_what_clients_are_told_and_quotes_nothing(clock: ManualClock) -> None:
     batcher, feed = fed(clock, answer)
     batcher.submit(Job("bad: a secret"))
