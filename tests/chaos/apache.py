@@ -81,7 +81,7 @@ def cases() -> Iterator[tuple[str, Callable[[Path], Finding]]]:
 def case(path: Path, ending: Callable[[Any, Any], None]) -> Finding:
     with Apache(path) as server:
         finding = serve(server, ending, code=None)
-        closed = Counter(pid for word, pid, *_ in server.lines() if word == "closed")
-    if 2 not in closed.values():
-        finding.problems.append(f"no process had two interpreters with a batcher each: {dict(closed)}")
+        batchers = Counter(pid for word, pid, *_ in server.lines() if word == "batcher")
+    if 2 not in batchers.values():
+        finding.problems.append(f"no process had two interpreters with a batcher each: {dict(batchers)}")
     return finding

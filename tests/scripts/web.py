@@ -11,6 +11,7 @@ from ledger import Writer, note, submit_one, wait_until_threads_sleep
 from microbatch import MicroBatcher
 
 batcher: MicroBatcher[Any, Any] = MicroBatcher(Writer(0.01), max_batch_size=50)
+note("batcher")
 
 if "USE_BEFORE_FORK" in os.environ:
     # Threads run and jobs are queued while the server forks.
