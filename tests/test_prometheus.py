@@ -327,6 +327,19 @@ def test_P7_processes_add_up_and_a_stuck_one_is_seen_from_another(tmp_path: Path
     )
 
 
+def test_a_directory_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
+    told = run(
+        """
+        from microbatch.instrumentation.prometheus import instrument
+
+        instrument(MicroBatcher(lambda batch: None))
+        """,
+        tmp_path,
+        PROMETHEUS_MULTIPROC_DIR="/nowhere",
+    )
+    assert "ValueError: PROMETHEUS_MULTIPROC_DIR='/nowhere' is no directory; make it before" in told.stderr
+
+
 def test_P7_a_fork_waits_until_nobody_is_in_the_middle_of_a_value(tmp_path: Path) -> None:
     told = run(
         """
@@ -352,9 +365,10 @@ def test_P7_a_fork_waits_until_nobody_is_in_the_middle_of_a_value(tmp_path: Path
 
 
 def test_the_thread_looks_only_while_something_is_outstanding(
-    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(prometheus, "multiprocess", lambda: True)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     looks: list[int] = []
     entered, gate = threading.Event(), threading.Event()
     looked = threading.Semaphore(0)

@@ -42,8 +42,10 @@ def instrument(batcher: MicroBatcher[Any, Any], registry: CollectorRegistry = RE
     Starts no thread and holds no reference to *batcher*. Works before and after a fork.
 
     Raises:
-        ValueError: another open batcher has the same name.
+        ValueError: another open batcher has the same name; `PROMETHEUS_MULTIPROC_DIR` is no directory.
     """
+    if multiprocess():
+        _directory()
     with _guard:
         export = _exports.get(registry)
         if export is None:
@@ -139,7 +141,8 @@ class _Export(Collector):
 
     def collect(self) -> Iterable[Metric]:
         self.sync()
-        return [metric for family in self._families() for metric in family.collect()]
+        with measures.writing:  # reading takes the same locks
+            return [metric for family in self._families() for metric in family.collect()]
 
     def _families(self) -> list[Any]:
         measured = [family for _, family in (*self.counters, *self.gauges)]
