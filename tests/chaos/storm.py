@@ -36,6 +36,8 @@ DELIVERY = 20.0
 WINDOW = 60  # jobs that a producer leaves unanswered
 PRODUCERS = 6
 FAULTS_A_MINUTE = 100
+# Whatever the shares say: a machine that is busy with something else has few jobs, and as many stalls.
+SOME_BATCHES = 500
 # A busy machine gets so much longer to bring about as many faults.
 LONGER = 2.0
 
@@ -162,8 +164,8 @@ class Lane:
             verdict,
             faults=sum(self.faults.values()) + sum(weather.ends.values()),
             seconds=seconds,
-            unknown_at_most=int(self.way.unknown_share * verdict.jobs),
-            expired_at_most=int(0.02 * verdict.jobs),
+            unknown_at_most=max(SOME_BATCHES, int(self.way.unknown_share * verdict.jobs)),
+            expired_at_most=max(SOME_BATCHES, int(0.05 * verdict.jobs)),
             is_control=self.way.is_control,
             fault_log=weather.log,
             evidence=Evidence(self.accepted, rows, outcomes),
