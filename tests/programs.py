@@ -109,7 +109,8 @@ class Program:
         self._output.close()
 
     def lines(self) -> list[list[str]]:
-        return [line.split() for line in self.ledger.read_text().splitlines()]
+        # Up to the last whole one: another process may be in the middle of its line.
+        return [line.split() for line in self.ledger.read_text().rpartition("\n")[0].splitlines()]
 
     def wait_for(self, word: str, count: int = 1) -> None:
         """Until the program noted *word* so often."""

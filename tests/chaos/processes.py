@@ -15,6 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,8 +83,9 @@ def attempt(name: str, case: Callable[[Path], Finding]) -> Finding:
     with directory() as path:
         try:
             finding = case(path)
-        except AssertionError as error:
-            finding = Finding(name, Verdict(), problems=[f"{str(error)[:500]} ... {str(error)[-4000:]}"])
+        except Exception as error:
+            said = "".join(traceback.format_exception(error))
+            finding = Finding(name, Verdict(), problems=[f"{said[:500]} ... {said[-4000:]}"])
     finding.name = name
     finding.seconds = time.monotonic() - began
     return finding
