@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
@@ -106,6 +107,10 @@ class Owner(Protocol):
 _OVER = (FINISHED, CANCELLED, CANCELLED_AND_NOTIFIED)
 _CONCLUDED = (FINISHED, CANCELLED_AND_NOTIFIED)
 
+# Python 3.11 builds an object's dict when it is first asked for, and a collection in the middle of that may let another
+# thread store an attribute, which is then lost or crashes the interpreter. So it is built while nobody else has it.
+_DICT_FIRST = sys.version_info[:2] == (3, 11)
+
 _CANCELLED_STATUS = JobStatus.CANCELLED
 
 # Guards the birth of every future's condition, and the end of every future that has none. Never taken while the
@@ -157,6 +162,8 @@ class JobFuture(Future[R]):
     def __init__(self, owner: Owner | None = None) -> None:
         if not _LATE:
             super().__init__()
+        if _DICT_FIRST:
+            self.__dict__  # noqa: B018
         if owner is not None:
             self._owner = owner
 

@@ -78,6 +78,39 @@ def test_an_rlock_without_the_methods_is_not_known(monkeypatch: pytest.MonkeyPat
     assert not interpreter.rlock_is_known()
 
 
+def test_P1_a_future_that_ends_in_a_collection_in_the_middle_of_a_wait_keeps_its_outcome() -> None:
+    said = program(
+        """
+        import gc
+        from microbatch import JobFuture
+
+        ended = set()
+
+        def end(phase, info):
+            if phase == "start" and not future.done():
+                ended.add(number)
+                future.set_result(number)
+
+        for number in range(20):
+            future = JobFuture()
+            future._sequence = number  # as submit has it: the first attribute
+            gc.collect()  # the free lists are empty: each object that is made brings the next collection nearer
+            made = [[] for _ in range(number % 4)]
+            gc.callbacks.append(end)
+            gc.set_threshold(1)
+            assert future.result(timeout=10) == number
+            gc.set_threshold(0)
+            gc.callbacks.clear()
+            kept = dict(vars(future))
+            assert (kept.get("_result"), kept.get("_state")) == (number, "FINISHED"), kept
+        assert ended == set(range(20)), ended
+        print("kept")
+        """
+    )
+
+    assert said == "kept\n"
+
+
 def test_where_the_rlock_is_not_known_the_condition_of_the_stdlib_serves() -> None:
     said = program(
         """
