@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chaos.levels import LEVELS, SHORT, Settings
-from chaos.report import Finding, footer, keep, table
+from chaos.report import Finding, cells, document, footer, keep, table
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "chaos_table.rst"
 # A level that takes so much longer than what it lets last hangs: every thread's stack is told.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{table(findings)}\n\n{footer(command, seed)}\n"
     print(f"\n{text}", flush=True)
     if given.write:
-        DOCUMENT.write_text(text)
+        DOCUMENT.write_text(document([cells(finding) for finding in findings], footer(command, seed)))
     return int(any(finding.complaints() for finding in findings))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +93,24 @@ def table(findings: Sequence[Finding]) -> str:
         for columns in (enumerate(zip(line, widths, strict=True)) for line in lines)
     ]
     return "\n".join(row.rstrip() for row in (rule, rows[0], rule, *rows[1:], rule))
+
+
+def document(lines: Sequence[Sequence[str]], foot: str) -> str:
+    """The same for the documents, whose lines are short: *lines* without the heads, and what stands below."""
+    # A line may end inside quotes only.
+    heads = ",".join(HEADS).replace("false failure", '"false\n            failure"')
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(lines)
+    return "\n".join(
+        [
+            ".. csv-table::",
+            f"   :header: {heads}",
+            "",
+            textwrap.indent(rows.getvalue(), "   "),
+            *textwrap.wrap(foot, 119, break_on_hyphens=False),
+            "",
+        ]
+    )
 
 
 def footer(command: str, seed: int) -> str:
