@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
@@ -26,6 +28,7 @@ from microbatch.protocols import Batch
 
 pytestmark = pytest.mark.database
 
+UPSERTS = Path(__file__).parent / "scripts" / "upserts.py"
 INSERT = "INSERT INTO item (n, label, small, parent) VALUES (%(n)s, %(label)s, %(small)s, %(parent)s) RETURNING id, n"
 TABLES = """
     CREATE TABLE parent (id integer PRIMARY KEY);
@@ -354,31 +357,35 @@ def test_P3_fail_batch_keeps_a_batch_whole(tables: str, control: psycopg.Connect
     assert stored(control) == []
 
 
-def test_sort_key_keeps_upserts_from_deadlocking(tables: str, control: psycopg.Connection[Any]) -> None:
-    """Without it the same storm meets 40P01 again and again."""
-    upsert = "INSERT INTO item (n) VALUES (%(n)s) ON CONFLICT (n) DO UPDATE SET small = item.small RETURNING n"
-    errors: list[BaseException] = []
+@pytest.mark.parametrize("way", ["statement", "insert_into"])
+def test_sort_key_keeps_upserts_of_several_processes_from_deadlocking(database: str, way: str) -> None:
+    """And without it they do, again and again; either way each job counts once."""
+    with psycopg.connect(database, autocommit=True) as control:
+        control.execute("CREATE TABLE item (n int PRIMARY KEY, hits int NOT NULL DEFAULT 1)")
+        name = sql.Identifier(control.info.dbname)
+        control.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20ms'").format(name))
+        assert upserted(control, database, "sorted", way) == [0, 0, 0]
+        assert sum(upserted(control, database, "unsorted", way)) > 3
+        assert control.execute("SELECT count(*), min(hits), max(hits) FROM item").fetchone() == (50, 240, 240)
 
-    def storm(lane: int, sort_key: Any) -> None:
-        processor = PostgresProcessor(tables, upsert, sort_key=sort_key)
-        for _ in range(15):
-            numbers = [(k * (7 if lane % 2 else 43)) % 50 for k in range(50)]
-            try:
-                results = processor.process(a_batch(jobs(*numbers)))
-                assert [row["n"] for row in results] == numbers
-            except psycopg.errors.DeadlockDetected as error:
-                errors.append(error)
-        processor.close()
 
-    for sort_key in (lambda job: job["n"], None):
-        threads = [threading.Thread(target=storm, args=(lane, sort_key)) for lane in range(3)]
-        errors.clear()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        if sort_key is not None:
-            assert errors == []
+def upserted(control: psycopg.Connection[Any], database: str, order: str, way: str) -> list[int]:
+    """How many batches of each of three processes met a deadlock."""
+    command = [sys.executable, str(UPSERTS), database]
+    control.execute("SELECT pg_advisory_lock(1)")
+    processes = [
+        subprocess.Popen([*command, str(lane), order, way], stdout=subprocess.PIPE, text=True) for lane in range(3)
+    ]
+    try:
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        while control.execute(waiting).fetchone() != (3,):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        control.execute("SELECT pg_advisory_unlock(1)")
+        return [int(process.communicate(timeout=90)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_sort_key_leaves_every_job_its_own_row(tables: str, control: psycopg.Connection[Any]) -> None:
