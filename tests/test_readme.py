@@ -55,7 +55,7 @@ def parsed(path: Path) -> nodes.document:
 
 def blocks(path: Path, *languages: str) -> Iterator[Block]:
     for node in parsed(path).findall(nodes.literal_block):
-        language = node["classes"][-1]
+        language = (node["classes"] or ["text"])[-1]
         if language in languages:
             title = _title_above(node)
             yield Block(path, title, language, _line_of(path, node.astext()), node.astext())
