@@ -365,8 +365,8 @@ def test_sort_key_keeps_upserts_of_several_processes_from_deadlocking(database: 
         name = sql.Identifier(control.info.dbname)
         control.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20ms'").format(name))
         assert upserted(control, database, "sorted", way) == [0, 0, 0]
-        assert sum(upserted(control, database, "unsorted", way)) > 3
-        assert control.execute("SELECT count(*), min(hits), max(hits) FROM item").fetchone() == (50, 240, 240)
+        assert sum(upserted(control, database, "unsorted", way)) > 0
+        assert control.execute("SELECT count(*), min(hits), max(hits) FROM item").fetchone() == (50, 600, 600)
 
 
 def upserted(control: psycopg.Connection[Any], database: str, order: str, way: str) -> list[int]:
