@@ -484,7 +484,7 @@ BREAKS = (
         "the last event does not wait for a cancel",
         "P6",
         "supervisor.py",
-        (("core.owed or core.cancelling or any", "core.owed or any"),),
+        (("core.owed or core.cancelling or core.unclosed()", "core.owed or core.unclosed()"),),
         ("test_threads.py::test_P6_a_cancel_tells_its_event_before_the_last_one[False]",),
     ),
     Break(
