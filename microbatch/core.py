@@ -30,13 +30,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
 from .collector import NEVER, Intake, Undecided
 from .errors import BatcherClosed, DeliveryTimeout, ForkedError, JobNotFound, OutcomeUnknown, QueueFull
 from .events import JobCancelled, JobFailed, Listeners
-from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED
+from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED, Token
 from .job import (
     COMPLETED,
     FAILED,
@@ -137,13 +136,12 @@ class Core:
         self.registry = Registry(options.history, options.history_ttl)
         self.counters = Counters()
         self.batch_ids = map(f"{os.urandom(4).hex()}-{{}}".format, itertools.count(1))
-        # Tokens, not conditions: one that is put before its sleeper sleeps is not lost.
-        self.bell: SimpleQueue[None] = SimpleQueue()  # wakes the collecting worker
+        self.bell = Token()  # wakes the collecting worker
         self.wake_at: float = NEVER  # the sequence number that rings it; NEVER while it is awake
         self.wake_before: float = -NEVER  # ... and so does a job with an earlier deadline
-        self.alarm: SimpleQueue[None] = SimpleQueue()  # wakes the supervisor
+        self.alarm = Token()  # wakes the supervisor
         self.next_check: float = NEVER  # when it wakes by itself
-        self.blocked: deque[tuple[int, SimpleQueue[None]]] = deque()  # submitters waiting for so many places
+        self.blocked: deque[tuple[int, Token]] = deque()  # submitters waiting for so many places
         self.collecting = threading.Lock()  # held by the one worker that collects: the others follow
         self.workers: list[Any] = []
         self.supervisor: Any = None
@@ -160,7 +158,7 @@ class Core:
         # One ticket for each call of `cancel` that has events to tell, with its thread: they come before the last one.
         self.cancelling: dict[object, int] = {}
         self.finishing = self.finished = False
-        self.closers: list[SimpleQueue[None]] = []
+        self.closers: list[Token] = []
         # Last: the fork check compares it, and everything else is in place by then.
         self.pid = os.getpid()
 
@@ -182,10 +180,10 @@ class Core:
                 # Wake-ups first, acceptance last: an interrupt in between leaves somebody awake for nothing,
                 # the other way round an accepted job would sleep.
                 if job.deadline < self.next_check:
-                    self.alarm.put(None)
+                    self.alarm.put()
                     self.next_check = job.deadline
                 if sequence >= self.wake_at or job.deadline < self.wake_before:
-                    self.bell.put(None)
+                    self.bell.put()
                     self.wake_at = NEVER
                     self.wake_before = -NEVER
                 try:
@@ -240,7 +238,7 @@ class Core:
         """Try *accept* until it says something, waiting for places in between; False if it said None."""
         began = self.clock()
         give_up = began + timeout
-        token: SimpleQueue[None] = SimpleQueue()
+        token = Token()
         waiter = (need, token)
         nested = self.lock._is_owned()  # type: ignore[attr-defined]
         may_wait = timeout > 0 and self.options.when_full == "block" and not nested and not self.on_own_thread()
@@ -265,10 +263,7 @@ class Core:
                     if self.intake.dead and len(self.outstanding) + need <= self.bound:
                         # The queue's own bound: the dead in it give up their places only when they are swept.
                         self.ring_supervisor()
-                try:
-                    token.get(timeout=left)
-                except queue.Empty:
-                    pass
+                token.take(left)
         finally:
             # A wake-up that this thread cannot use any more is passed on.
             with self.lock:
@@ -278,7 +273,7 @@ class Core:
                     now = self.clock()
                     self.counters.blocked_seconds += now - began
 
-    def _unblock(self, waiter: tuple[int, SimpleQueue[None]]) -> None:
+    def _unblock(self, waiter: tuple[int, Token]) -> None:
         try:
             self.blocked.remove(waiter)
         except ValueError:
@@ -309,20 +304,19 @@ class Core:
         for need, token in list(self.blocked):
             if need <= free:
                 free -= need
-                if token.empty():
-                    token.put(None)
+                token.put()
 
     # Wake-ups. Under the lock.
 
     def ring_worker(self) -> None:
         if self.wake_at != NEVER:
-            self.bell.put(None)
+            self.bell.put()
             self.wake_at = NEVER
             self.wake_before = -NEVER
 
     def ring_supervisor(self, deadline: float = -NEVER) -> None:
         if deadline < self.next_check:
-            self.alarm.put(None)
+            self.alarm.put()
             self.next_check = deadline
 
     # Ends. The verdict is written here and nowhere else.
@@ -689,7 +683,7 @@ class Core:
 
     def _unblock_all(self) -> None:
         while self.blocked:
-            self.blocked.popleft()[1].put(None)
+            self.blocked.popleft()[1].put()
 
     def flush_open_batch(self) -> list[JobFuture[Any]]:
         with self.lock:
@@ -772,7 +766,7 @@ class DeathWatch:
             core.short = True
             core.ready = False
             for token in (core.alarm, core.bell, *core.closers):
-                token.put(None)
+                token.put()
 
     __del__ = report
 

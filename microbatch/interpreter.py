@@ -221,6 +221,36 @@ class Bell:
                 pass
 
 
+class Token:
+    """A wake-up for one sleeper: put before the sleep it is not lost, and a second one is the same one.
+
+    Not a `SimpleQueue`: where the seconds of its `get` are over before it sleeps, it sleeps for ever (CPython 3.10 to
+    3.13).
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # taken while there is no token
+        self._lock.acquire()
+
+    def is_put(self) -> bool:
+        return not self._lock.locked()
+
+    def put(self) -> None:
+        """Never blocks; safe in finalisers and signal handlers."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # there is one already
+
+    def take(self, seconds: float | None = None) -> bool:
+        """Sleep until there is one, and take it; False if there is none within *seconds*."""
+        if seconds is None or seconds > threading.TIMEOUT_MAX:
+            return self._lock.acquire()
+        return self._lock.acquire(timeout=max(seconds, 0.0))
+
+
 class Waiters(list[Any]):
     """The calls of `wait` and `as_completed` that wait for a future: each gets a `Bell` for its `Event`."""
 

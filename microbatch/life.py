@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from queue import Empty, SimpleQueue
 
 from .collector import NEVER
 from .core import Core, DeathWatch, living_cores
-from .interpreter import call_before_threads_end, in_multiprocessing_child
+from .interpreter import Token, call_before_threads_end, in_multiprocessing_child
 from .job import JobFuture
 from .supervisor import CLOSE_SECONDS, finish, supervise
 from .worker import work
@@ -72,7 +71,7 @@ def wait_for_all(futures: list[JobFuture[object]], timeout: float | None) -> boo
 def wait_for_finish(core: Core, timeout: float | None) -> bool:
     """Wait until the shutdown is complete, a little past *timeout* for those it ends there."""
     give_up = NEVER if timeout is None else time.monotonic() + timeout + _GRACE
-    token: SimpleQueue[None] = SimpleQueue()
+    token = Token()
     core.forget_own_cancels()
     with core.lock:
         if core.finished:
@@ -80,14 +79,11 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
         core.closers.append(token)
     if finish_without_threads(core):
         return core.finished
-    try:
-        while not core.finished and (left := give_up - time.monotonic()) > 0:
-            if core.short:
-                # Nobody else may be left to see to it.
-                core.replace_dead()
-            token.get(timeout=None if left == NEVER else min(left, threading.TIMEOUT_MAX))
-    except Empty:
-        pass
+    while not core.finished and (left := give_up - time.monotonic()) > 0:
+        if core.short:
+            # Nobody else may be left to see to it.
+            core.replace_dead()
+        token.take(left)
     # Under the lock: whoever has completed the shutdown is out of there. The interpreter may stop that thread any
     # moment now, and a finaliser would wait for the lock for ever.
     with core.lock:
@@ -141,23 +137,23 @@ def _close_after_other_threads() -> None:
     if not _other_threads():
         _close_at_exit()
         return
-    started: SimpleQueue[None] = SimpleQueue()
+    started = Token()
     try:
         # By a thread that no Ctrl-C reaches: one that arrives inside `Thread.start` lets the new thread hang in there
         # for ever, and with it a process that waits for it.
         threading.Thread(target=_start_joiner, args=(started,), name="microbatch-exit", daemon=True).start()
-        started.get(timeout=CLOSE_SECONDS)
-    except (RuntimeError, Empty):
+        started.take(CLOSE_SECONDS)
+    except RuntimeError:
         pass
 
 
-def _start_joiner(started: SimpleQueue[None]) -> None:
+def _start_joiner(started: Token) -> None:
     try:
         threading.Thread(target=_join_and_close, name="microbatch-exit", daemon=False).start()
     except RuntimeError:
         pass
     finally:
-        started.put(None)
+        started.put()
 
 
 def _join_and_close() -> None:

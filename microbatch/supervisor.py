@@ -8,7 +8,6 @@ when a shutdown is complete. It never blocks on a future's condition and runs no
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable
 from time import thread_time
@@ -106,16 +105,7 @@ class Supervisor:
 
     def _sleep(self) -> None:
         core = self.core
-        left = core.next_check - core.clock()
-        try:
-            if left == NEVER:
-                core.alarm.get()
-            elif left > 0:
-                core.alarm.get(timeout=min(left, threading.TIMEOUT_MAX))
-            while True:
-                core.alarm.get_nowait()
-        except queue.Empty:
-            pass
+        core.alarm.take(core.next_check - core.clock())
 
     def _bury_dead_workers(self) -> None:
         core = self.core
@@ -191,7 +181,7 @@ def _let_go(core: Core) -> None:
         core.finished = True
         closers: list[Any] = core.closers
         for token in closers:
-            token.put(None)
+            token.put()
 
 
 def supervise(core: Core, watch: DeathWatch) -> None:

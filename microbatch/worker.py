@@ -15,7 +15,6 @@ What holds at shutdown, and at any other end of a worker:
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -141,14 +140,7 @@ class Worker:
             self._sleep(found)
 
     def _sleep(self, wait: Wait) -> None:
-        left = wait.until - self.core.clock()
-        try:
-            if left == NEVER:
-                self.core.bell.get()
-            elif left > 0:
-                self.core.bell.get(timeout=min(left, threading.TIMEOUT_MAX))
-        except queue.Empty:
-            pass
+        self.core.bell.take(wait.until - self.core.clock())
         if self.core.short:
             self.core.replace_dead()
 

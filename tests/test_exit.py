@@ -897,7 +897,7 @@ def test_P6_whoever_completed_a_shutdown_has_let_go_of_the_lock() -> None:
     """A thread that the interpreter stops at its end must not hold it: a finaliser may come and ask."""
 
     class SlowToken:
-        def put(self, _: None) -> None:
+        def put(self) -> None:
             time.sleep(0.3)
 
     gate = threading.Event()

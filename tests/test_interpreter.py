@@ -19,7 +19,7 @@ from interrupts import bounded, interrupted_everywhere
 
 import microbatch
 from microbatch import interpreter
-from microbatch.interpreter import Bell, FutureCondition, Waiters, call_before_threads_end, future_is_known
+from microbatch.interpreter import Bell, FutureCondition, Token, Waiters, call_before_threads_end, future_is_known
 from microbatch.job import JobFuture
 
 PACKAGE = Path(microbatch.__file__).parent
@@ -312,6 +312,38 @@ def test_P1_interrupts_at_every_point_of_a_condition_lose_nothing(use: str) -> N
         assert freed, where
         assert not condition._holds, where
     assert points > 5
+
+
+# The token.
+
+
+def test_a_token_is_kept_until_it_is_taken() -> None:
+    token = Token()
+    assert not token.is_put()
+    assert not token.take(0)
+    assert not token.take(-1.0)
+    token.put()
+    token.put()
+    assert token.is_put()
+    assert token.take()
+    assert not token.take(0.001)
+    token.put()
+    assert token.take(threading.TIMEOUT_MAX * 2)
+    assert not token.is_put()
+
+
+def test_a_token_wakes_its_sleeper() -> None:
+    token = Token()
+    for seconds in (None, 10.0):
+        threading.Timer(0.01, token.put).start()
+        assert bounded(lambda seconds=seconds: token.take(seconds))
+
+
+def test_who_waits_for_a_token_wakes_in_time_however_short_it_is() -> None:
+    def wait() -> list[bool]:
+        return [Token().take(microseconds * 1e-6) for microseconds in range(50) for _ in range(100)]
+
+    assert set(bounded(wait)) == {False}
 
 
 # The bell.

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from interrupts import bounded
 from naming import named
 
 from microbatch import (
@@ -248,7 +249,7 @@ def test_P6_a_shutdown_that_is_woken_all_the_time_ends_within_its_timeout() -> N
     def wake() -> None:
         while not over.is_set():
             for token in batcher._core.closers:
-                token.put(None)
+                token.put()
 
     with batcher_of(lambda batch: list(batch)) as batcher:
         batcher.on(BatcherShutDown, lambda event: over.wait(BOUND))
@@ -983,6 +984,22 @@ def test_p5_submit_timeout_and_flush_timeout() -> None:
         processor.go.set()
         assert batcher.flush(BOUND)
         assert all(future.done() for future in futures)
+
+
+def test_p5_a_submit_timeout_is_kept_however_short_it_is() -> None:
+    processor = Held()
+    with batcher_of(processor, max_outstanding=1) as batcher:
+        batcher.submit("held")
+        processor.entered()
+
+        def refused() -> int:
+            for n in range(10_000):
+                with pytest.raises(QueueFull):
+                    batcher.submit("x", submit_timeout=n * 3e-9)
+            return n
+
+        assert bounded(refused, BOUND) == 9_999
+        processor.go.set()
 
 
 def test_p5_flush_closes_a_lingering_batch_and_waits_for_retries() -> None:

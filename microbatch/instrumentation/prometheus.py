@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import os
-import queue
 import threading
 import time
 import weakref
@@ -20,6 +19,7 @@ from microbatch.batcher import MicroBatcher
 from microbatch.core import Core
 from microbatch.errors import MissingExtra
 from microbatch.events import JobSubmitted
+from microbatch.interpreter import Token
 from microbatch.stats import Stats
 
 from . import measures
@@ -210,7 +210,8 @@ class _Share:
         self._counted: dict[tuple[str, str], float] = {}
         self._asleep = True
         self._threads: list[threading.Thread] = []
-        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True rings for the end
+        self._bell = Token()
+        self._over = False
 
     def sync(self) -> int:
         """Bring counters and gauges up to date, from any thread; how many jobs are outstanding."""
@@ -234,7 +235,7 @@ class _Share:
         if not self._asleep:
             return
         if self._threads:
-            self._bell.put(False)
+            self._bell.put()
         else:
             try:
                 # No lock: a finaliser that submits may run in here. A surplus thread leaves.
@@ -246,7 +247,8 @@ class _Share:
     def end(self) -> None:
         """After the last event: the numbers as they stay."""
         self.sync()
-        self._bell.put(True)
+        self._over = True
+        self._bell.put()
 
     def _child(self, family: Any, label: str) -> Any:
         return family.labels(self._name, label) if label else family.labels(self._name)
@@ -254,7 +256,7 @@ class _Share:
     def _run(self) -> None:
         self._threads.append(threading.current_thread())
         if self._threads[0] is threading.current_thread():
-            while not (self._pause() if self._look() else self._bell.get()):
+            while not (self._pause() if self._look() else self._rest()):
                 pass
 
     def _look(self) -> bool:
@@ -265,13 +267,14 @@ class _Share:
         self._asleep = False
         return True
 
+    def _rest(self) -> bool:
+        """Sleep until somebody rings; whether it was for the end."""
+        self._bell.take()
+        return self._over
+
     def _pause(self) -> bool:
         """Whether the end came."""
         give_up = time.monotonic() + INTERVAL
-        while (left := give_up - time.monotonic()) > 0:
-            try:
-                if self._bell.get(timeout=left):
-                    return True
-            except queue.Empty:
-                pass
-        return False
+        while not self._over and (left := give_up - time.monotonic()) > 0:
+            self._bell.take(left)
+        return self._over

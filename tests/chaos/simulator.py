@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from queue import Empty
 from typing import Any
 
 from microbatch import (
@@ -435,7 +434,7 @@ class Simulation:
         if state is State.ASLEEP:
             token = self.core.alarm if thread.kind == "supervisor" else self.core.bell
             until = self.core.next_check if thread.kind == "supervisor" else thread.until
-            return until <= self.clock.now or not token.empty()
+            return until <= self.clock.now or token.is_put()
         if state is State.AWAKE:
             return thread.kind == "supervisor" or self.collecting in (None, thread)
         if state in (State.HOLDING, State.ANSWERED):
@@ -465,11 +464,8 @@ class Simulation:
         self.core.own.clear()
 
     def wake(self, thread: Thread) -> None:
-        tokens = self.core.bell if thread.kind == "worker" else self.core.alarm
-        with contextlib.suppress(Empty):
-            tokens.get_nowait()
-            while thread.kind == "supervisor":
-                tokens.get_nowait()
+        token = self.core.bell if thread.kind == "worker" else self.core.alarm
+        token.take(0)
         thread.state, thread.until = State.AWAKE, NEVER
         if thread.kind == "worker" and self.core.short:
             self.core.replace_dead()
