@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from os import getpid
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
@@ -165,7 +164,7 @@ class MicroBatcher(Generic[J, R]):
         after the acceptance; the job then runs without a handle.)
         """
         core = self._core
-        if core.pid != getpid():
+        if not core.here[0]:
             core.check_process()
         if submit_timeout is not _DEFAULT or delivery_timeout is not _DEFAULT or priority or job_id is not None:
             self._check(job_id, priority, submit_timeout, delivery_timeout)
@@ -181,7 +180,7 @@ class MicroBatcher(Generic[J, R]):
         if not core.ready:
             self._start(1)
         future = core.admit(record, submit_timeout, job_id)
-        if core.listeners.any() and future is record.future:
+        if core.listeners.by_type and future is record.future:
             self._tell_submitted(job, future, priority)
         return future
 
@@ -209,7 +208,7 @@ class MicroBatcher(Generic[J, R]):
             self._start(len(records))
         core.admit_all(records, self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout)
         futures = [record.future for record in records]
-        if core.listeners.any():
+        if core.listeners.by_type:
             for payload, future in zip(payloads, futures, strict=True):
                 self._tell_submitted(payload, future, priority)
         return futures

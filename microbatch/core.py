@@ -35,7 +35,7 @@ from typing import Any
 from .collector import NEVER, Intake, Undecided
 from .errors import BatcherClosed, DeliveryTimeout, ForkedError, JobNotFound, OutcomeUnknown, QueueFull
 from .events import JobCancelled, JobFailed, Listeners
-from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED, Token
+from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED, Token, process_mark
 from .job import (
     COMPLETED,
     FAILED,
@@ -159,8 +159,8 @@ class Core:
         self.cancelling: dict[object, int] = {}
         self.finishing = self.finished = False
         self.closers: list[Token] = []
-        # Last: the fork check compares it, and everything else is in place by then.
-        self.pid = os.getpid()
+        # Last: the fork check looks at it, and everything else is in place by then.
+        self.here = process_mark()
 
     # Acceptance. Called by submitters.
 
@@ -695,9 +695,9 @@ class Core:
 
     def check_process(self) -> None:
         """Notice a fork that ran no hooks (uWSGI runs none)."""
-        if self.pid != os.getpid():
+        if not self.here[0]:
             with _fork_lock:
-                if self.pid != os.getpid():
+                if not self.here[0]:
                     self.forget_parent()
 
     def forget_parent(self) -> None:

@@ -138,35 +138,32 @@ class Listeners:
     """Who listens to what. Replaced as a whole on every change, so telling needs no lock."""
 
     def __init__(self) -> None:
-        self._by_type: dict[type[Event], tuple[Callable[[Any], object], ...]] = {}
+        self.by_type: dict[type[Event], tuple[Callable[[Any], object], ...]] = {}
 
     def add(self, event_type: type[E], listener: Callable[[E], object]) -> None:
         _check(event_type)
         if not callable(listener):
             raise TypeError(f"listener must be callable, not {listener!r}")
-        self._by_type = {**self._by_type, event_type: (*self._by_type.get(event_type, ()), listener)}
+        self.by_type = {**self.by_type, event_type: (*self.by_type.get(event_type, ()), listener)}
 
     def remove(self, event_type: type[E], listener: Callable[[E], object]) -> None:
         """Forget *listener*, compared by equality (each access makes a new bound method)."""
         _check(event_type)
-        kept = list(self._by_type.get(event_type, ()))
+        kept = list(self.by_type.get(event_type, ()))
         if listener not in kept:
             raise ValueError(f"{listener!r} does not listen to {event_type.__name__}")
         kept.remove(listener)
-        self._by_type = {**self._by_type, event_type: tuple(kept)}
-
-    def any(self) -> bool:
-        return bool(self._by_type)
+        self.by_type = {**self.by_type, event_type: tuple(kept)}
 
     def want(self, *event_types: type[Event]) -> bool:
         """Whether it is worth making such an event."""
-        by_type = self._by_type
+        by_type = self.by_type
         return bool(by_type) and any(by_type.get(event_type) for event_type in event_types)
 
     def tell(self, event: Event) -> None:
         """Call the listeners one by one. Only a KeyboardInterrupt on the caller's thread passes, at the end."""
         interrupt = None
-        for listener in self._by_type.get(type(event), ()):
+        for listener in self.by_type.get(type(event), ()):
             try:
                 listener(event)
             except KeyboardInterrupt as exc:

@@ -11,6 +11,8 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
 `_acquire_restore` of the C `RLock`,             left locked would hang the worker
 `sys._getframe`, `_waiters` of a `Condition`,
 `clear` of a frame that is executed
+`MADV_WIPEONFORK` of Linux, by its number        a call of the system for the pid is a    `os.getpid`
+                                                 tenth of a submit
 ===============================================  =======================================  ========================
 
 `tests/test_interpreter.py` fails on an interpreter that changes one of them.
@@ -18,6 +20,8 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
 
 from __future__ import annotations
 
+import mmap
+import os
 import queue
 import sys
 import threading
@@ -219,6 +223,40 @@ class Bell:
                 self.sleepers.remove(sleeper)
             except ValueError:
                 pass
+
+
+class _ByNumber:
+    """A mark of this process by its number: a call of the system for every look."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __getitem__(self, _: int) -> bool:
+        return self._pid == os.getpid()
+
+
+# The number that Linux gives to it; the module's constant came with Python 3.14.
+_WIPE_ON_FORK = 18
+
+
+def process_mark() -> Any:
+    """Something whose `[0]` is true in this process, and false in one that is forked from it."""
+    try:
+        page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (AttributeError, OSError, TypeError):
+        return _ByNumber()
+    try:
+        # An emulated kernel may say yes to everything, and wipe nothing.
+        page.madvise(-1)
+        return _ByNumber()
+    except (AttributeError, OSError):
+        pass
+    try:
+        page.madvise(_WIPE_ON_FORK)
+    except (AttributeError, OSError):
+        return _ByNumber()
+    page[0] = 1
+    return page
 
 
 class Token:

@@ -144,28 +144,30 @@ class JobFuture(Future[R]):
     future is done already): a slow one delays the next batch.
     """
 
-    # Defaults stand on the class: a future that nobody waits for costs two attributes.
+    # What every future has lies in slots, and a garbage collection finds no dict to walk through. The defaults of the
+    # rest stand on the class.
+    __slots__ = ("_exception", "_owner", "_result", "_sequence", "_state")
+
     _condition = _LateCondition()
-    _state = PENDING
-    _result = None
-    _exception = None
     _waiters: Any = None  # until the condition is built
     _done_callbacks: Any = None
     _untold: list[Any] | None = None
     _being_told: Any = None
     _bell: Bell | None = None  # until somebody waits in `result` or `exception`
-    _owner: Owner | None = None
-    _sequence = 0
     _job_id: str | None = None
     _origin: Any = None  # where the job was submitted, for tracing
 
     def __init__(self, owner: Owner | None = None) -> None:
-        if not _LATE:
+        if _LATE:
+            self._state = PENDING
+            self._result = None
+            self._exception = None
+        else:
             super().__init__()
         if _DICT_FIRST:
             self.__dict__  # noqa: B018
-        if owner is not None:
-            self._owner = owner
+        self._owner = owner
+        self._sequence = 0
 
     @property
     def job_id(self) -> str:
@@ -299,10 +301,7 @@ class JobFuture(Future[R]):
         if self._bell is not None:
             self._bell.set()
 
-    # The library's own side. The first three are plain stores, made under the batcher's lock.
-
-    def _start(self) -> None:
-        self._state = RUNNING
+    # The library's own side. The first two are plain stores, made under the batcher's lock.
 
     def _put_back(self) -> None:
         self._state = PENDING
@@ -374,32 +373,48 @@ class JobFuture(Future[R]):
         self._ring()
 
 
+def _start(jobs: list[Job]) -> None:
+    """Under the batcher's lock: the futures of *jobs* are running."""
+    for job in jobs:
+        job.future._state = RUNNING
+
+
 def _complete(jobs: list[Job]) -> list[Job]:
-    """Conclude the futures of *jobs*, all at once where nobody waits; return the jobs that need `_conclude`."""
+    """Conclude the futures of *jobs* that have a verdict, all at once where nobody waits; return the jobs that still
+    need `_conclude`, or whose callbacks are to be run.
+    """
     with _births:
         # The loop in a function of its own: see the rules in `core`.
         return _complete_unwaited(jobs)
 
 
 def _complete_unwaited(jobs: list[Job]) -> list[Job]:
-    waited = []
+    left = []
     for job in jobs:
         future, verdict = job.future, job.verdict
         if verdict is None:
             continue
         if future._waiters is not None or verdict[0] is _CANCELLED_STATUS:
-            waited.append(job)
-        elif future._state not in _CONCLUDED:
-            future._result = verdict[1]
-            future._exception = verdict[2]
-            future._state = FINISHED
+            left.append(job)
+        else:
+            if future._state not in _CONCLUDED:
+                future._result = verdict[1]
+                future._exception = verdict[2]
+                future._state = FINISHED
             # Looked at after the state is there: who comes later sees the state.
-            if future._bell is not None:
-                waited.append(job)
-    return waited
+            if future._bell is not None or future._done_callbacks is not None:
+                left.append(job)
+    return left
 
 
+start: Callable[[list[Job]], None] = _start
 complete: Callable[[list[Job]], list[Job]] = _complete
+
+
+def _start_one_by_one(jobs: list[Job]) -> None:
+    for job in jobs:
+        if not job.future.running():
+            job.future.set_running_or_notify_cancel()
 
 
 def _complete_one_by_one(jobs: list[Job]) -> list[Job]:
@@ -447,10 +462,6 @@ def status_of(error: BaseException | None) -> JobStatus:
 
 class _PlainFuture:
     """The library's own side of a `JobFuture` over a `Future` whose insides are not known: public methods only."""
-
-    def _start(self: Any) -> None:
-        if not self.running():
-            self.set_running_or_notify_cancel()
 
     def _put_back(self: Any) -> None:
         # A public method that leads back from running does not exist: the job is queued, its future stays running.
@@ -508,12 +519,13 @@ _KNOWS_FUTURE = (
 
 def use_plain_future() -> None:
     """Take back everything in `JobFuture` that knows the insides of `Future`."""
-    global complete, _LATE
+    global start, complete, _LATE
     _LATE = False
+    start = _start_one_by_one
     complete = _complete_one_by_one
     for name in _KNOWS_FUTURE:
         delattr(JobFuture, name)
-    for name in ("_start", "_put_back", "_mark_cancelled", "_conclude", "_run_callbacks", "_orphan"):
+    for name in ("_put_back", "_mark_cancelled", "_conclude", "_run_callbacks", "_orphan"):
         setattr(JobFuture, name, vars(_PlainFuture)[name])
 
 

@@ -149,12 +149,14 @@ class Worker:
         self.jobs = collected.jobs
         now = self.core.clock()
         waited = 0.0
+        fresh = []
         for job in collected.jobs:
             if job.verdict is None:
                 job.place = TAKEN
                 if not job.attempts:
-                    job.future._start()
+                    fresh.append(job)
                     waited += now - job.submitted
+        job_module.start(fresh)
         self.core.counters.queue_wait_seconds += waited
         if self.opened:
             self._hand_over(collected, HANDED_OVER)
@@ -252,15 +254,15 @@ class Worker:
             return
         self.answers = outcome.answers
         retried = self._decide(batch, outcome)
-        for job in job_module.complete(jobs):
+        left = job_module.complete(jobs)
+        for job in left:
             conclude(job)
         # After the futures, for a handler may block.
         _report(batch, outcome, retried)
-        for job in jobs:
-            if job.future._done_callbacks and job.verdict is not None:
-                run_callbacks(job.future)
+        for job in left:
+            run_callbacks(job.future)
         # A batch that the shutdown did not wait for is not told: there is nothing after the last event.
-        if core.listeners.any() and not core.finishing:
+        if core.listeners.by_type and not core.finishing:
             self._tell(batch, outcome, retried)
         with core.lock:
             self.jobs = []

@@ -46,7 +46,7 @@ BREAKS = (
         "no pid check",
         "P7",
         "core.py",
-        (("if self.pid != os.getpid():\n            with _fork_lock", "if False:\n            with _fork_lock"),),
+        (("if not self.here[0]:\n            with _fork_lock", "if False:\n            with _fork_lock"),),
         ("test_fork.py::test_P7_inherited_futures_are_unknown_in_the_child[queued-no hooks]",),
     ),
     Break(
@@ -54,7 +54,7 @@ BREAKS = (
         "P7",
         "core.py",
         (
-            ("if self.pid != os.getpid():\n            with _fork_lock", "if False:\n            with _fork_lock"),
+            ("if not self.here[0]:\n            with _fork_lock", "if False:\n            with _fork_lock"),
             ('if hasattr(os, "register_at_fork"):', "if False:"),
         ),
         ("test_fork.py::test_P7_inherited_futures_are_unknown_in_the_child[queued-hooks]",),
@@ -454,7 +454,7 @@ BREAKS = (
         (
             ("target=_start_joiner, args=(started,), name", "target=_join_and_close, name"),
             ('name="microbatch-exit", daemon=True', 'name="microbatch-exit", daemon=False'),
-            ("        started.get(timeout=CLOSE_SECONDS)\n", ""),
+            ("        started.take(CLOSE_SECONDS)\n", ""),
         ),
         ("test_worker_faults.py::test_P6_the_end_of_a_multiprocessing_child_is_interrupted_anywhere",),
         seconds=60,

@@ -117,10 +117,10 @@ def test_a_listener_may_take_itself_out_while_it_is_told() -> None:
 
 def test_nobody_wants_an_event_that_nobody_listens_to() -> None:
     listeners = Listeners()
-    assert not listeners.any()
+    assert not listeners.by_type
     assert not listeners.want(JobSubmitted)
     listeners.add(JobSubmitted, print)
-    assert listeners.any()
+    assert listeners.by_type
     assert listeners.want(BatchStarted, JobSubmitted)
     assert not listeners.want(BatchStarted)
     listeners.remove(JobSubmitted, print)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dis
+import os
 import subprocess
 import sys
 import textwrap
@@ -84,16 +85,17 @@ def test_P1_a_future_that_ends_in_a_collection_in_the_middle_of_a_wait_keeps_its
         import gc
         from microbatch import JobFuture
 
-        ended = set()
+        ended, told = set(), []
 
         def end(phase, info):
             if phase == "start" and not future.done():
                 ended.add(number)
+                future.add_done_callback(told.append)
                 future.set_result(number)
 
         for number in range(20):
             future = JobFuture()
-            future._sequence = number  # as submit has it: the first attribute
+            future._job_id = str(number)  # as submit has it: the first attribute in the dict
             gc.collect()  # the free lists are empty: each object that is made brings the next collection nearer
             made = [[] for _ in range(number % 4)]
             gc.callbacks.append(end)
@@ -102,7 +104,7 @@ def test_P1_a_future_that_ends_in_a_collection_in_the_middle_of_a_wait_keeps_its
             gc.set_threshold(0)
             gc.callbacks.clear()
             kept = dict(vars(future))
-            assert (kept.get("_result"), kept.get("_state")) == (number, "FINISHED"), kept
+            assert (kept.get("_job_id"), told.pop()) == (str(number), future), kept
         assert ended == set(range(20)), ended
         print("kept")
         """
@@ -344,6 +346,42 @@ def test_who_waits_for_a_token_wakes_in_time_however_short_it_is() -> None:
         return [Token().take(n * 1e-6) for n in (0.001, 1, 2, 5) for _ in range(2000)]
 
     assert set(bounded(wait)) == {False}
+
+
+# The mark of a process.
+
+
+def _kernel(answers: dict[int, bool]) -> Any:
+    class Page(dict[int, int]):
+        def madvise(self, advice: int) -> None:
+            if not answers.get(advice, False):
+                raise OSError
+
+    return lambda *_, **__: Page({0: 0})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    "answers", [None, {}, {-1: True, 18: True}], ids=["this kernel", "an old one", "one that says yes to everything"]
+)
+def test_P7_a_mark_is_not_inherited(answers: dict[int, bool] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if answers is not None:
+        monkeypatch.setattr(interpreter.mmap, "mmap", _kernel(answers))
+    mark = interpreter.process_mark()
+    assert mark[0]
+    child = os.fork()
+    if not child:
+        os._exit(bool(mark[0]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert mark[0]
+
+
+def test_where_there_is_no_anonymous_memory_a_mark_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(interpreter.mmap, "MAP_PRIVATE")
+    mark = interpreter.process_mark()
+    assert mark[0]
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert not mark[0]
 
 
 # The bell.

@@ -245,7 +245,7 @@ def test_a_forgotten_batcher_is_collected_and_its_numbers_stay(registry: Collect
 
 def test_a_batcher_that_nobody_instruments_tells_nothing() -> None:
     batcher = InlineBatcher(FaultyProcessor())
-    assert not batcher._core.listeners.any()
+    assert not batcher._core.listeners.by_type
 
 
 def test_without_prometheus_client_the_error_is_the_pip_command() -> None:

@@ -252,7 +252,7 @@ class Simulation:
         if self.chance() < 0.5:
             for kind in (JobCompleted, JobFailed, JobCancelled):
                 self.batcher.on(kind, lambda event: self.heard.update((event.job.n,)))
-        self.listening = self.core.listeners.any()
+        self.listening = bool(self.core.listeners.by_type)
         self.actions = self.draw_actions()
 
     def draw_options(self) -> dict[str, Any]:
