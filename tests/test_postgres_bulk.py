@@ -618,12 +618,61 @@ def test_P2_key_thieves_and_concurrent_writers_cross_nothing(
     assert ours == sorted((row["id"], row["n"]) for _, row in outcomes)
 
 
+@pytest.mark.parametrize(
+    ("sequence", "values"),
+    [
+        ("START 9223372036854775000", range(9223372036854775000, 9223372036854775808)),
+        ("MAXVALUE 200", range(1, 201)),
+        ("MINVALUE -200 MAXVALUE -1 INCREMENT -1", range(-1, -201, -1)),
+        ("MAXVALUE 100000 INCREMENT 700", range(1, 100001, 700)),
+        ("MINVALUE 5 MAXVALUE 150 CYCLE", range(5, 151)),
+    ],
+)
+def test_drawing_in_advance_uses_every_value_that_the_sequence_has(
+    database: str, make: Make, control: psycopg.Connection[Any], sequence: str, values: range
+) -> None:
+    control.execute(f"CREATE SEQUENCE ids {sequence}".encode())
+    control.execute("CREATE TABLE item (id bigint PRIMARY KEY DEFAULT nextval('ids'), n int, label text)")
+    control.execute("ALTER SEQUENCE ids OWNED BY item.id")
+    processor = make()
+    written = []
+    while len(written) < len(values):
+        jobs = [(n, "x") for n in range(min(5, len(values) - len(written)))]
+        written += processor.process(a_batch(jobs, f"b{len(written)}"))
+    assert processor.plan is not None
+    assert processor.plan.strategy == "keys"
+    assert [row["id"] for row in written] == list(values)
+
+
+def test_a_busy_writer_draws_more_keys_at_a_time(
+    database: str, make: Make, control: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.execute(PLAIN.encode())
+    clock = [1000.0]
+    monkeypatch.setattr("microbatch.processors.postgres.keys.time.monotonic", lambda: clock[0])
+    processor = make()
+
+    def drawn_by(jobs: int) -> int:
+        """How far the sequence went for so many jobs."""
+        before = control.execute("SELECT last_value FROM item_id_seq").fetchone()
+        processor.process(a_batch([(n, "x") for n in range(jobs)], f"b{clock[0]}-{jobs}"))
+        after = control.execute("SELECT last_value FROM item_id_seq").fetchone()
+        assert before is not None
+        assert after is not None
+        return int(after[0] - before[0])
+
+    drawn_by(32)  # the first block
+    assert [drawn_by(32), drawn_by(64), drawn_by(64)] == [64, 128, 0]
+    clock[0] += 60
+    assert drawn_by(200) < 200 + 32
+
+
 def test_P3_keys_that_are_taken_by_the_thousand_are_no_jobs_fault(
     database: str, make: Make, control: psycopg.Connection[Any]
 ) -> None:
     """An import that left the sequence behind: an attempt draws through a part of it, and is tried again."""
     control.execute("CREATE TABLE item (id serial PRIMARY KEY, n int, label text)")
-    control.execute("INSERT INTO item (id, n) SELECT g, -1 FROM generate_series(1, 3000) g")
+    control.execute("INSERT INTO item (id, n) SELECT g, -1 FROM generate_series(1, 150000) g")
     processor = make()
     with pytest.raises(KeysTaken, match="as fast as they are drawn") as caught:
         processor.process(a_batch([(1, "first")], "b0"))
@@ -633,7 +682,7 @@ def test_P3_keys_that_are_taken_by_the_thousand_are_no_jobs_fault(
         rows = [future.result(20) for future in batcher.submit_many([(n, "x") for n in range(50)])]
 
     assert [row["n"] for row in rows] == list(range(50))
-    assert min(row["id"] for row in rows) > 3000
+    assert min(row["id"] for row in rows) > 150_000
 
 
 def test_a_role_that_may_not_use_the_sequence_takes_another_way(
