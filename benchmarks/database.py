@@ -6,13 +6,14 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from report import machine
+from slow_fsync import slow_fsync
 
 from microbatch.embedded import EmbeddedPostgres
 
@@ -22,6 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--setting", action="append", default=[], metavar="NAME=VALUE", help="of the server started here"
     )
+    parser.add_argument(
+        "--fsync", type=float, default=0.0, metavar="MILLISECONDS", help="that its disk takes longer at each commit"
+    )
 
 
 @contextmanager
@@ -30,7 +34,9 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.dsn:
         yield arguments.dsn
         return
-    with EmbeddedPostgres(**dict(setting.split("=", 1) for setting in arguments.setting)) as embedded:
+    settings = dict(setting.split("=", 1) for setting in arguments.setting)
+    slower = slow_fsync(arguments.fsync) if arguments.fsync else nullcontext()
+    with slower, EmbeddedPostgres(**settings) as embedded:
         yield embedded.dsn
 
 

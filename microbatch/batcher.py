@@ -59,6 +59,7 @@ class MicroBatcher(Generic[J, R]):
         max_batch_size: exact upper bound of a batch.
         linger: longest extra time, in seconds, that the oldest queued job waits for company while a worker is
             free (elsewhere: batch timeout, interval, frequency). Never more than half of a job's delivery timeout.
+            With 0 a lone job never waits; callers whom a batch has woken are given a moment to come back together.
         max_concurrent_batches: worker threads; 1 keeps the order of submits, retries and isolation aside.
         max_outstanding: bound on accepted jobs without an outcome; a queue's own `maxsize` adds to it.
         when_full: `"block"` up to *submit_timeout*, or `"raise"`; both end in `QueueFull`.

@@ -45,6 +45,56 @@ class Wait:
     jobs: int
 
 
+class Returning:
+    """The callers who were woken by the last batch and are likely to be back at once, each with another job.
+
+    The first of them to come would make a batch of one, and the others would wait for all of it: so many callers would
+    go on in two halves. So the next batch is held open for them, as long as it pays: for a part of the time that the
+    last one took, and for the share of them that lately came back within it. Nobody waits for a caller who is alone,
+    nor for those who did not wait for their jobs.
+    """
+
+    def __init__(self) -> None:
+        self.jobs = 0  # the size that the next batch waits for
+        self.until = 0.0
+        self._share = 1.0
+        self._waited_for = self._callers = 0
+
+    def expect(self, callers: int, backlog: int, seconds: float, now: float, *, max_batch_size: int) -> None:
+        """A batch that took *seconds* has woken *callers* who waited; *backlog* jobs are queued besides."""
+        patience = min(_PATIENCE * seconds, _LONGEST)
+        callers = min(callers, max_batch_size - backlog)
+        if callers < 1 or callers + backlog < 2 or patience < _SHORTEST:
+            return
+        self._waited_for = round(self._share * callers)
+        if not self._waited_for:
+            self._share += _PROBE
+            return
+        self.jobs = backlog + self._waited_for
+        self.until = now + patience
+        self._callers = callers
+
+    def came(self, jobs: int, now: float) -> None:
+        """The batch that waited closes, with *jobs* in it or left over."""
+        if not self.jobs:
+            return
+        if jobs >= self.jobs:
+            self._share = min(1.0, self._share + _GROWTH)
+        else:
+            missing = self.jobs - jobs
+            back = max(0, self._waited_for - missing) / self._callers if now < self.until + _LONGEST else 0.0
+            self._share = max(back, _DECAY * self._share)
+        self.jobs = 0
+
+
+# A job that waits for company costs its caller time; the measurements are in the tuning page.
+_PATIENCE = 0.3  # of the time that the last batch took
+_SHORTEST, _LONGEST = 0.0001, 0.05  # seconds; a shorter sleep is not worth its price
+# How fast the share follows: up by so much with every batch that got its callers, down by this factor at most where
+# they stayed away, and where it is nothing, this slowly towards another try.
+_GROWTH, _DECAY, _PROBE = 0.01, 0.75, 0.002
+
+
 class Intake:
     """The jobs that no worker has: the queue, the batch being collected, and the heap of due times.
 
@@ -99,14 +149,25 @@ class Intake:
 
 
 def collect_batch(
-    intake: Intake, now: float, *, max_batch_size: int, linger: float, closing: bool = False, flushed: int = 0
+    intake: Intake,
+    now: float,
+    *,
+    max_batch_size: int,
+    linger: float,
+    closing: bool = False,
+    flushed: int = 0,
+    returning: Returning | None = None,
 ) -> Collected | Wait:
     """Close the next batch, or say how long to wait for it.
 
     A due retry goes first; then the queue fills the batch up. It closes when it is full, when the batcher is
     closing, when a job up to the sequence number *flushed* is in it, or when one of its jobs has lingered enough:
-    at once by default.
+    at once by default, or when those who are *returning* are there.
     """
+    if returning is not None and returning.until > now and not closing and not linger:
+        held = _hold(intake, now, max_batch_size, flushed, returning)
+        if held is not None:
+            return held
     undecided = _pop_due(intake, now, max_batch_size)
     if undecided is not None:
         return Collected(undecided.jobs, "retry", undecided)
@@ -121,6 +182,21 @@ def collect_batch(
     # A stranger's queue may have given more than it was asked for.
     jobs, intake.open = intake.open[:max_batch_size], intake.open[max_batch_size:]
     return Collected(jobs, trigger)
+
+
+def _hold(intake: Intake, now: float, max_batch_size: int, flushed: int, returning: Returning) -> Wait | None:
+    """How long to wait for those who are *returning*; None if there is no reason to.
+
+    Nothing is taken meanwhile, so that whoever comes goes by priority and age, as ever.
+    """
+    if not returning.jobs or len(intake.outstanding) >= max_batch_size:
+        return None
+    queued = [job for job in list(intake.outstanding.values()) if job.place == QUEUED]
+    due = intake.heap[0][0] if intake.heap else NEVER
+    until = min([returning.until, due, *[lingers_until(job, NEVER) for job in queued]])
+    if len(queued) >= returning.jobs or until <= now or any(job.sequence <= flushed for job in queued):
+        return None
+    return Wait(until, returning.jobs - len(queued))
 
 
 def _pop_due(intake: Intake, now: float, max_batch_size: int) -> Undecided | None:

@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .collector import NEVER, Intake, Undecided
+from .collector import NEVER, Intake, Returning, Undecided
 from .errors import BatcherClosed, DeliveryTimeout, ForkedError, JobNotFound, OutcomeUnknown, QueueFull
 from .events import JobCancelled, JobFailed, Listeners
 from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED, Token, process_mark
@@ -142,6 +142,7 @@ class Core:
         self.alarm = Token()  # wakes the supervisor
         self.next_check: float = NEVER  # when it wakes by itself
         self.blocked: deque[tuple[int, Token]] = deque()  # submitters waiting for so many places
+        self.returning = Returning()
         self.collecting = threading.Lock()  # held by the one worker that collects: the others follow
         self.workers: list[Any] = []
         self.supervisor: Any = None

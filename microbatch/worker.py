@@ -37,7 +37,7 @@ Retried = tuple[Job, BaseException, float]
 @dataclass(slots=True)
 class Outcome:
     """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone, how many
-    answers came too late, when the jobs ended.
+    answers came too late, when the jobs ended, how many others were queued then.
     """
 
     answers: list[Answer]
@@ -46,6 +46,7 @@ class Outcome:
     alone: int = 0
     late: int = 0
     ended: float = 0.0
+    backlog: int = 0
 
 
 class Worker:
@@ -121,10 +122,13 @@ class Worker:
                     linger=options.linger,
                     closing=core.closed,
                     flushed=core.flushed,
+                    # Blocked callers come only when places are given back.
+                    returning=None if core.blocked else core.returning,
                 )
                 core.wake_before = -NEVER
                 if isinstance(found, Collected):
                     core.wake_at = NEVER
+                    core.returning.came(len(found.jobs) + len(core.intake.open), now)
                     self._take(found)
                 elif not wait or (core.closed and not core.outstanding):
                     core.wake_at = NEVER
@@ -257,6 +261,7 @@ class Worker:
         left = job_module.complete(jobs)
         for job in left:
             conclude(job)
+        callers = sum(job.future._bell is not None and job.future._waiters is None for job in left)
         # After the futures, for a handler may block.
         _report(batch, outcome, retried)
         for job in left:
@@ -267,6 +272,9 @@ class Worker:
         with core.lock:
             self.jobs = []
             self.batch = None
+            if callers and core.options.max_concurrent_batches == 1:
+                seconds, limit = outcome.ended - outcome.began, core.options.max_batch_size
+                core.returning.expect(callers, outcome.backlog, seconds, core.clock(), max_batch_size=limit)
             core.after_ends()
         for job, answer in zip(jobs, outcome.answers, strict=True):
             # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
@@ -302,6 +310,7 @@ class Worker:
             core.counters.retries += len(retried)
             if retried:
                 core.ring_worker()
+            outcome.backlog = len(core.outstanding) - len(core.intake.heap)
             core.after_ends()
         return retried
 

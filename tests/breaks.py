@@ -505,6 +505,20 @@ BREAKS = (
         ("test_collector.py::test_P8_a_lone_job_is_taken_at_once",),
     ),
     Break(
+        "callers who come back are taken one by one",
+        "P8",
+        "worker.py",
+        (("returning=None if core.blocked else core.returning", "returning=None"),),
+        ("test_threads.py::test_callers_who_come_back_at_once_go_together",),
+    ),
+    Break(
+        "a lone caller is waited for",
+        "P8",
+        "collector.py",
+        (("if callers < 1 or callers + backlog < 2 or", "if callers < 1 or"),),
+        ("test_collector.py::test_P8_nobody_waits_for_a_caller_who_is_alone_nor_for_nobody",),
+    ),
+    Break(
         "flush does not wait for the futures",
         "P5",
         "core.py",

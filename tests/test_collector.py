@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from microbatch import MemoryQueue
-from microbatch.collector import NEVER, Collected, Intake, Undecided, Wait, collect_batch
+from microbatch.collector import NEVER, Collected, Intake, Returning, Undecided, Wait, collect_batch
 from microbatch.job import COMPLETED, QUEUED, TAKEN, WAITING, Job, JobFuture
 from microbatch.queues import Store
 
@@ -227,3 +227,152 @@ def test_sweeping_drops_the_dead(desk: Desk) -> None:
     desk.intake.dead = 5
     desk.intake.sweep()
     assert (desk.intake.store.size(), desk.intake.dead) == (5, 0)
+
+
+# Callers who are expected back.
+
+
+def woken(callers: int, backlog: int = 0, seconds: float = 0.010, now: float = 100.0) -> Returning:
+    returning = Returning()
+    returning.expect(callers, backlog, seconds, now, max_batch_size=10)
+    return returning
+
+
+def test_P8_nobody_waits_for_a_caller_who_is_alone_nor_for_nobody(desk: Desk) -> None:
+    assert woken(1).jobs == woken(0, backlog=5).jobs == 0
+    desk.accept("a", at=100.0)
+    assert desk.collect(100.0, returning=woken(1)) == ("idle", ["a"])
+
+
+def test_a_sleep_that_is_too_short_to_pay_is_left_out() -> None:
+    assert woken(8, seconds=0.0003).jobs == 0
+    assert woken(8, seconds=0.0004).jobs == 8
+
+
+def test_the_batch_is_held_for_a_part_of_the_last_ones_time_and_not_for_long() -> None:
+    assert 100.001 <= woken(8, seconds=0.010).until <= 100.005
+    assert woken(8, seconds=30.0).until == 100.05
+
+
+def test_those_who_come_back_go_together_with_what_has_queued_up(desk: Desk) -> None:
+    returning = woken(2, backlog=1)
+    assert returning.jobs == 3
+    desk.accept("queued", at=99.0)
+    assert desk.collect(100.0, size=10, returning=returning) == Wait(returning.until, 2)
+    desk.accept("first", at=100.001)
+    assert desk.collect(100.001, size=10, returning=returning) == Wait(returning.until, 1)
+    desk.accept("second", at=100.002)
+    assert desk.collect(100.002, size=10, returning=returning) == ("idle", ["queued", "first", "second"])
+
+
+def test_an_empty_queue_is_waited_for_until_they_are_there(desk: Desk) -> None:
+    returning = woken(2)
+    assert desk.collect(100.0, returning=returning) == Wait(returning.until, 2)
+    assert desk.collect(returning.until, returning=returning) == Wait(NEVER, 1)
+
+
+def test_nobody_is_waited_for_who_would_not_fit(desk: Desk) -> None:
+    returning = Returning()
+    returning.expect(8, 1, 0.010, 100.0, max_batch_size=3)
+    assert returning.jobs == 3
+    desk.accept("a", at=99.0)
+    assert desk.collect(100.0, size=3, returning=returning) == Wait(returning.until, 2)
+    desk.accept("b", at=100.0)
+    desk.accept("c", at=100.0)
+    assert desk.collect(100.0, size=3, returning=returning) == ("size", ["a", "b", "c"])
+    full = Returning()
+    full.expect(8, 3, 0.010, 100.0, max_batch_size=3)
+    assert full.jobs == 0
+
+
+def test_a_held_batch_goes_by_priority_and_age(desk: Desk) -> None:
+    returning = woken(3, backlog=1)
+    desk.accept("old", at=99.0)
+    assert isinstance(desk.collect(100.0, returning=returning), Wait)
+    for priority, payload in enumerate(("urgent", "more urgent", "most urgent"), 1):
+        desk.accept(payload, at=100.0, priority=priority)
+    assert desk.collect(100.0, returning=returning) == ("size", ["most urgent", "more urgent", "urgent"])
+
+
+def test_many_who_wait_for_a_retry_hold_nobody_up(desk: Desk) -> None:
+    returning = woken(2, backlog=1)
+    for number in range(3):
+        desk.postpone(number, due=200.0)
+    desk.accept("a", at=99.0)
+    assert desk.collect(100.0, returning=returning) == ("idle", ["a"])
+
+
+def test_whoever_stays_away_is_waited_for_no_longer(desk: Desk) -> None:
+    returning = woken(2, backlog=1)
+    desk.accept("a", at=99.0)
+    assert desk.collect(returning.until, returning=returning) == ("idle", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("more", "trigger"),
+    [({"closing": True}, "shutdown"), ({"flushed": 1}, "flush")],
+)
+def test_P6_a_flush_and_the_end_wait_for_nobody(desk: Desk, more: dict[str, Any], trigger: str) -> None:
+    desk.accept("a", at=100.0)
+    assert desk.collect(100.0, returning=woken(8), **more) == (trigger, ["a"])
+
+
+def test_P5_a_job_is_held_for_half_of_its_time_at_most(desk: Desk) -> None:
+    returning = woken(8)
+    desk.accept("hasty", at=100.0, deadline=100.002)
+    held = desk.collect(100.0, size=10, returning=returning)
+    assert isinstance(held, Wait)
+    assert held.until == pytest.approx(100.001)
+    assert desk.collect(100.0011, size=10, returning=returning) == ("idle", ["hasty"])
+
+
+def test_a_retry_wakes_the_worker_while_it_holds_a_batch(desk: Desk) -> None:
+    returning = woken(2, backlog=1)
+    desk.accept("a", at=99.0)
+    desk.postpone("again", due=100.0005)
+    assert desk.collect(100.0, returning=returning) == Wait(100.0005, 2)
+
+
+def rounds(returning: Returning, times: int, back: int, callers: int = 8, backlog: int = 0) -> int:
+    """So many batches after each of which *back* of the *callers* come back in time; for how many it was held."""
+    held = 0
+    for number in range(times):
+        now = 100.0 + number
+        returning.expect(callers, backlog, 0.010, now, max_batch_size=10)
+        held += returning.jobs > 0
+        returning.came(backlog + back, returning.until)
+    return held
+
+
+def test_who_never_comes_back_is_soon_waited_for_no_more_and_tried_now_and_then() -> None:
+    returning = Returning()
+    assert rounds(returning, 20, back=0) <= 12
+    assert 1 <= rounds(returning, 1000, back=0) <= 120
+
+
+def test_those_who_come_back_are_waited_for_again() -> None:
+    returning = Returning()
+    rounds(returning, 50, back=0)
+    rounds(returning, 200, back=8)
+    assert rounds(returning, 100, back=8) == 100
+    returning.expect(8, 0, 0.010, 500.0, max_batch_size=10)
+    assert returning.jobs == 8
+
+
+def test_those_of_them_who_come_back_are_counted() -> None:
+    returning = Returning()
+    rounds(returning, 10, back=6)
+    returning.expect(8, 0, 0.010, 500.0, max_batch_size=10)
+    assert returning.jobs in (6, 7)
+
+
+def test_who_comes_long_after_the_wait_has_not_come_back() -> None:
+    punctual, late = woken(8), woken(8)
+    punctual.came(6, punctual.until)
+    late.came(6, late.until + 10.0)
+    punctual.expect(8, 0, 0.010, 200.0, max_batch_size=10)
+    late.expect(8, 0, 0.010, 200.0, max_batch_size=10)
+    assert (punctual.jobs, late.jobs) == (6, 6)
+    late.came(1, 300.0)
+    late.expect(8, 0, 0.010, 301.0, max_batch_size=10)
+    assert late.jobs < 6

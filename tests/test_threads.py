@@ -1002,6 +1002,41 @@ def test_p5_a_submit_timeout_is_kept_however_short_it_is() -> None:
         processor.go.set()
 
 
+def test_callers_who_come_back_at_once_go_together() -> None:
+    """Without a look at who returns, the first of them would go alone and the others wait: two halves in turn."""
+    sizes: list[int] = []
+
+    def process(batch: Batch[int]) -> list[int]:
+        sizes.append(len(batch))
+        time.sleep(0.05)
+        return list(batch)
+
+    with batcher_of(process) as batcher:
+
+        def client() -> None:
+            for n in range(25):
+                assert batcher.execute(n) == n
+
+        with threads(*[client] * 8):
+            pass
+    assert sum(size >= 6 for size in sizes) > 0.6 * len(sizes), sizes
+
+
+def test_who_does_not_wait_for_a_job_is_not_expected_back() -> None:
+    def process(batch: Batch[int]) -> list[int]:
+        time.sleep(0.01)
+        return list(batch)
+
+    with batcher_of(process) as batcher:
+        for _ in range(5):
+            told = threading.Semaphore(0)
+            for future in batcher.submit_many(range(8)):
+                future.add_done_callback(lambda _, told=told: told.release())
+            for _ in range(8):
+                assert told.acquire(timeout=BOUND)
+            assert not batcher._core.returning.jobs
+
+
 def test_p5_flush_closes_a_lingering_batch_and_waits_for_retries() -> None:
     tries = collections.Counter[Any]()
 

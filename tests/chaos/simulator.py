@@ -631,17 +631,18 @@ class Simulation:
     def check_rest(self) -> None:
         """Everybody has done what there is to do at this instant."""
         core, now = self.core, self.clock.now
-        idle = any(thread.kind == "worker" and thread.state is State.ASLEEP for thread in self.threads)
+        sleepers = [thread for thread in self.threads if thread.kind == "worker" and thread.state is State.ASLEEP]
         late = [job.sequence for job in core.outstanding.values() if job.deadline <= now]
         self.require(not late, "P5: past their deadline:", late)
         self.require(not core.outstanding or now < self.abandon_at, "P6: past the shutdown's:", *core.outstanding)
-        if not idle:
+        if not sleepers:
             return
         due = [due for due, _, _ in heapq.nsmallest(1, core.intake.heap) if due <= now]
         self.require(not due, "a retry is due, and a worker sleeps")
+        held = core.returning.jobs and all(now < thread.until <= core.returning.until for thread in sleepers)
         for sequence, job in core.outstanding.items():
             known = self.jobs[job.payload.n]
-            ripe = known.lingers_until <= now or known.n <= self.flushed or self.closed
+            ripe = (known.lingers_until <= now and not held) or known.n <= self.flushed or self.closed
             asleep = ripe and known.future.status is PENDING
             self.require(not asleep, "P8: job", known.n, "with the number", sequence, "waits, and a worker sleeps")
 
