@@ -26,11 +26,14 @@ from typing import Any
 
 from .charts import charts
 from .report import KEEP
+from .slow_fsync import compiler
 from .summary import GOALS, Comparison, Measurements, comparisons, number
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 600  # for one script: far above what the slowest takes on a busy machine
-SLOW = "--setting commit_delay=1000 --setting commit_siblings=0"
+# A slower disk; where there is no compiler a server that sleeps before it flushes, which also gathers the commits of
+# others and so is kinder to them.
+SLOW = "--fsync 1" if compiler() else "--setting commit_delay=1000 --setting commit_siblings=0"
 BRIEF = "--repetitions 1 --rows 2000 --seconds 0.1"
 
 
@@ -74,6 +77,18 @@ RUNS = [
         "postgres_bulk.py",
         f"{SLOW} --repetitions 5 --seconds 0.7 --threads 8",
         f"{SLOW} {BRIEF} --threads 8",
+    ),
+    Run(
+        "returning",
+        "returning.py",
+        f"{SLOW} --repetitions 5 --seconds 0.5",
+        f"{SLOW} --repetitions 1 --seconds 0.2 --threads 8 --rates 500",
+    ),
+    Run(
+        "processes",
+        "processes.py",
+        "--repetitions 3 --seconds 0.5",
+        "--repetitions 1 --seconds 0.1 --processes 1 2",
     ),
     Run("isolation", "isolation.py", "--repetitions 5", "--repetitions 1 --batch-size 200 --bad 0 1 200"),
     Run(

@@ -10,6 +10,7 @@ The server is started for this, with fsync on, or given by --dsn (a table is mad
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ from microbatch.processors.postgres import PostgresProcessor
 Row = dict[str, Any]
 Write = Callable[[Row], Any]
 
-TABLE = f"microbatch_benchmark_{secrets.token_hex(4)}"
+# The processes that a benchmark starts have the same.
+TABLE = os.environ.setdefault("MICROBATCH_BENCHMARK_TABLE", f"microbatch_benchmark_{secrets.token_hex(4)}")
 INSERT = f"INSERT INTO {TABLE} (user_id, amount, status) VALUES (%(user_id)s, %(amount)s, %(status)s) RETURNING *"
 CREATE = f"""
     CREATE TABLE {TABLE} (

@@ -73,7 +73,7 @@ def dearest(section: Section) -> str:
     return max((name for name in section if name.endswith(" bad")), key=lambda name: median(section[name]))
 
 
-STATEMENT, FLIGHT = "any statement", "raw flight"
+STATEMENT, BULK, FLIGHT = "any statement", "insert_into", "raw flight"
 ONE = "closed loop, one thread"
 POOL = "pool: BEGIN; INSERT; COMMIT"
 GOALS = [
@@ -192,29 +192,39 @@ GOALS = [
         "rate",
         1,
     ),
-    Goal(
-        "time of a batch of 1000, the dearest number of bad rows",
-        "clean executemany",
-        "isolation",
-        STATEMENT,
-        dearest,
-        "executemany",
-        "",
-        4,
-        False,
-    ),
-    Goal("the same, one bad row", "clean raw flight", "isolation", STATEMENT, "1 bad", FLIGHT, "", 4, False),
-    Goal(
-        "the same, the dearest number of bad rows",
-        "clean raw flight",
-        "isolation",
-        STATEMENT,
-        dearest,
-        FLIGHT,
-        "",
-        14,
-        False,
-    ),
+    *[
+        Goal(
+            f"p50, {form} at 500 rows/s, 1 ms commit, batches held",
+            "the same, not held",
+            "returning",
+            f"open loop, {form}, 500 rows/s",
+            "held",
+            "not held",
+            "p50",
+            1.1,
+            False,
+        )
+        for form in ("insert_into", "statement")
+    ],
+    *[
+        goal
+        for form in (STATEMENT, BULK)
+        for goal in (
+            Goal(
+                f"time of 1000 rows, {form}, the dearest number of bad ones",
+                "clean executemany",
+                "isolation",
+                form,
+                dearest,
+                "executemany",
+                "",
+                4,
+                False,
+            ),
+            Goal("the same, one bad row", "clean raw flight", "isolation", form, "1 bad", FLIGHT, "", 4, False),
+            Goal("the same, the dearest number", "clean raw flight", "isolation", form, dearest, FLIGHT, "", 14, False),
+        )
+    ],
     Goal("bytes per outstanding job", "", "scale", "bytes per outstanding job", "MicroBatcher", None, "", 1024, False),
     Goal("wake-ups of an idle batcher", "", "scale", "idle", "wake-ups", None, "", 0, False),
 ]
