@@ -81,13 +81,14 @@ RUNS = [
     Run(
         "returning",
         "returning.py",
-        f"{SLOW} --repetitions 5 --seconds 0.5",
+        f"{SLOW} --repetitions 5 --seconds 0.5 --rates 500 2000",
         f"{SLOW} --repetitions 1 --seconds 0.2 --threads 8 --rates 500",
     ),
+    Run("costs", "costs.py", "--repetitions 5 --seconds 0.5", "--repetitions 1 --rows 2000 --seconds 0.1"),
     Run(
         "processes",
         "processes.py",
-        "--repetitions 3 --seconds 0.5",
+        "--repetitions 3 --seconds 0.5 --processes 1 2 4",
         "--repetitions 1 --seconds 0.1 --processes 1 2",
     ),
     Run("isolation", "isolation.py", "--repetitions 5", "--repetitions 1 --batch-size 200 --bad 0 1 200"),

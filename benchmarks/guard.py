@@ -46,7 +46,7 @@ FLOORS = [
         "submit all, then wait",
         "MicroBatcher",
         "ThreadPoolExecutor(1)",
-        1.3,
+        2.0,
     ),
     Floor(
         "rows/s to a raw executemany loop",
@@ -54,7 +54,7 @@ FLOORS = [
         "saturated",
         "microbatch",
         "raw executemany loop",
-        0.4,
+        0.5,
     ),
 ]
 
