@@ -92,7 +92,7 @@ _PATIENCE = 0.3  # of the time that the last batch took
 _SHORTEST, _LONGEST = 0.0001, 0.05  # seconds; a shorter sleep is not worth its price
 # How fast the share follows: up by so much with every batch that got its callers, down by this factor at most where
 # they stayed away, and where it is nothing, this slowly towards another try.
-_GROWTH, _DECAY, _PROBE = 0.01, 0.75, 0.002
+_GROWTH, _DECAY, _PROBE = 0.02, 0.5, 0.002
 
 
 class Intake:
