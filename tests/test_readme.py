@@ -337,3 +337,15 @@ def test_the_projects_own_variables_are_not_taken_for_options() -> None:
 def test_other_libraries_words_are_recognised_as_variables() -> None:
     with pytest.raises(ValueError, match="did you mean MICROBATCH_MAX_BATCH_SIZE"):
         options_from_env("MICROBATCH_", {"MICROBATCH_BATCH_SIZE": "10"})
+
+
+def test_the_figures_of_the_readme_are_those_of_the_report() -> None:
+    report = (ROOT / "benchmarks" / "report.rst").read_text()
+    measured = re.findall(r"   \* - (.+)\n     - (.+)\n     - .+\n     - (\S+) \(.+\n     - .+\n", report)
+    readme = (ROOT / "README.rst").read_text()
+    figures = readme[readme.index("How fast\n") : readme.index("When not to use it\n")]
+    said = re.findall(r"   \* - (.+)\n     - (.+)\n     - (\S+)\n     - ``(.+)``\n", figures)
+    assert len(said) >= 8
+    for what, against, ratio, benchmark in said:
+        assert (what, against, ratio) in measured
+        assert f'"{benchmark.strip(chr(34))}"' in (ROOT / "benchmarks" / "__main__.py").read_text()
