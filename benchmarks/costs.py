@@ -22,7 +22,7 @@ from database import add_options, bench
 from loops import closed_loop
 from options import FORMS, Processor
 from postgres_statement import CREATE, TABLE, Row, payment
-from report import absolute, interleaved, keep, ratio
+from scale import report
 
 from microbatch import Batch, MicroBatcher
 
@@ -84,15 +84,6 @@ def waiting(dsn: str, form: Processor, seconds: float) -> float:
         return closed_loop(batcher.execute, 1, seconds, payment).p50
 
 
-def show(section: str, unit: str, variants: dict[str, Callable[[], float]], arguments: argparse.Namespace) -> None:
-    measured = interleaved(variants, arguments.repetitions)
-    keep(section, measured)
-    print(section)
-    print("\n".join(absolute(name, values, unit) for name, values in measured.items()))
-    whole, *parts = measured
-    print("\n".join(ratio(f"{name} to {whole}", measured[name], measured[whole]) for name in parts) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
@@ -114,7 +105,7 @@ def main() -> None:
                 "no-op jobs alone": partial(no_op_jobs, rows, size),
                 "the raw loop": partial(each, RAW[name]),
             }
-            show(f"{name}, batches of {size}", "µs", saturated, arguments)
+            report(f"{name}, batches of {size}", saturated, "the whole way", arguments.repetitions)
         for name, form in FORMS.items():
             alone: dict[str, Callable[[], float]] = {
                 "the whole way": partial(waiting, dsn, form, seconds),
@@ -122,7 +113,7 @@ def main() -> None:
                 "a no-op job": partial(no_op_once, seconds),
                 "BEGIN; INSERT; COMMIT": lambda: postgres_statement.loop_direct(dsn, 1, 1, seconds).p50,
             }
-            show(f"{name}, one thread", "ms", alone, arguments)
+            report(f"{name}, one thread", alone, "the whole way", arguments.repetitions, "ms")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,13 @@ def waiting(submit: Submit, threads: int, seconds: float) -> float:
     return 1e6 / closed_loop(lambda job: submit(job).result(), threads, seconds, int).rate
 
 
-def report(section: str, variants: dict[str, Callable[[], float]], first: str, repetitions: int) -> None:
+def report(
+    section: str, variants: dict[str, Callable[[], float]], first: str, repetitions: int, unit: str = "µs"
+) -> None:
     measured = interleaved(variants, repetitions)
     keep(section, measured)
     print(section)
-    print("\n".join(absolute(name, values, "µs") for name, values in measured.items()))
+    print("\n".join(absolute(name, values, unit) for name, values in measured.items()))
     print("\n".join(ratio(f"{name} to {first}", measured[name], measured[first]) for name in measured if name != first))
     print()
 

@@ -70,21 +70,21 @@ class Returning:
         if not self._waited_for:
             self._share += _PROBE
             return
-        self.jobs = backlog + self._waited_for
-        self.until = now + patience
         self._callers = callers
+        self.until = now + patience
+        self.jobs = backlog + self._waited_for  # last: what `came` divides by is there
 
     def came(self, jobs: int, now: float) -> None:
         """The batch that waited closes, with *jobs* in it or left over."""
-        if not self.jobs:
+        expected, self.jobs = self.jobs, 0
+        if not expected:
             return
-        if jobs >= self.jobs:
+        if jobs >= expected:
             self._share = min(1.0, self._share + _GROWTH)
         else:
-            missing = self.jobs - jobs
+            missing = expected - jobs
             back = max(0, self._waited_for - missing) / self._callers if now < self.until + _LONGEST else 0.0
             self._share = max(back, _DECAY * self._share)
-        self.jobs = 0
 
 
 # A job that waits for company costs its caller time; the measurements are in the tuning page.

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
+from interrupts import interrupted_everywhere
 
 from microbatch import MemoryQueue
 from microbatch.collector import NEVER, Collected, Intake, Returning, Undecided, Wait, collect_batch
@@ -331,6 +332,17 @@ def test_a_retry_wakes_the_worker_while_it_holds_a_batch(desk: Desk) -> None:
     desk.accept("a", at=99.0)
     desk.postpone("again", due=100.0005)
     assert desk.collect(100.0, returning=returning) == Wait(100.0005, 2)
+
+
+def test_P1_an_interrupted_look_at_who_returns_stops_no_later_batch() -> None:
+    points = 0
+    for where, returning in interrupted_everywhere(
+        Returning, lambda returning: returning.expect(8, 1, 0.010, 100.0, max_batch_size=10)
+    ):
+        points += 1
+        returning.came(1, 100.001)
+        assert returning.jobs == 0, where
+    assert points > 2
 
 
 def rounds(returning: Returning, times: int, back: int, callers: int = 8, backlog: int = 0) -> int:
