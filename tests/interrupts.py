@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _weakrefset
 import dis
 import functools
+import gc
 import itertools
 import opcode
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -48,6 +51,13 @@ def _protection(code: CodeType, offset: int) -> int | None:
     return next((target for start, end, target in _protections(code) if start <= offset < end), None)
 
 
+def _is_of_a_collection(code: CodeType) -> bool:
+    """Whether a garbage collection calls it, wherever that falls: what it raises never comes out."""
+    if code.co_filename in (weakref.__file__, _weakrefset.__file__):
+        return code.co_name in ("_remove", "remove")
+    return any(getattr(callback, "__code__", None) is code for callback in gc.callbacks)
+
+
 class _Injector:
     """Raises `Interrupt` at the *n*-th such point of the calling thread, counted from 0."""
 
@@ -60,7 +70,7 @@ class _Injector:
         if event == "call":
             # Up to 3.12 an interruption right behind a handler's `acquire()` leaves its lock taken for ever, and every
             # thread that logs afterwards waits for it.
-            if frame.f_globals.get("__name__") == "logging":
+            if frame.f_globals.get("__name__") == "logging" or _is_of_a_collection(frame.f_code):
                 return None
             # Python 3.13 takes the wish for opcodes only from a frame that is traced already.
             frame.f_trace = self
