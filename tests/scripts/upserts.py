@@ -39,7 +39,7 @@ with psycopg.connect(dsn, autocommit=True) as start:
     start.execute("SELECT pg_advisory_lock_shared(1)")  # all begin together
 
 with batcher:
-    for _ in range(100):
+    for _ in range(10):
         numbers = draw.sample(range(50), 50)
         futures = batcher.submit_many([{"n": n} for n in numbers])
         assert [future.result()["n"] for future in futures] == numbers
