@@ -1008,13 +1008,13 @@ def test_callers_who_come_back_at_once_go_together() -> None:
 
     def process(batch: Batch[int]) -> list[int]:
         sizes.append(len(batch))
-        time.sleep(0.05)
+        time.sleep(0.16)  # the longest patience
         return list(batch)
 
     with batcher_of(process) as batcher:
 
         def client() -> None:
-            for n in range(25):
+            for n in range(12):
                 assert batcher.execute(n) == n
 
         with threads(*[client] * 8):
