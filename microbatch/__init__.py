@@ -2,7 +2,7 @@
 
 import logging
 
-from .batcher import MicroBatcher, ShutdownReport
+from .batcher import MicroBatcher
 from .errors import (
     BatcherClosed,
     DeliveryTimeout,
@@ -30,7 +30,7 @@ from .job import JobFuture, JobStatus
 from .protocols import Batch, BatchProcessor, JobQueue
 from .queues import MemoryQueue
 from .retry import RetryPolicy
-from .stats import Stats
+from .stats import ShutdownReport, Stats
 
 __all__ = [  # noqa: RUF022 - grouped as a user meets them
     # the batcher

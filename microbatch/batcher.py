@@ -5,47 +5,29 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
+from .acceptance import admit, admit_all, refuse_closed
+from .calling import Processor
 from .collector import NEVER
-from .core import Core, Processor
+from .core import Core
 from .events import Event, JobSubmitted
 from .job import Job, JobFuture, JobStatus
 from .life import finish_without_threads, start_threads, wait_for_all, wait_for_finish
-from .options import Options, check_delivery_timeout, options_from_env, seconds
+from .options import DEFAULT, Options, check_submit, options_from_env, seconds
+from .owed import cancel_all
 from .protocols import Batch, BatchProcessor
 from .queues import MemoryQueue, store_factory
 from .retry import RetryPolicy
-from .stats import Stats
+from .stats import ShutdownReport, Stats
 
 J = TypeVar("J")
 R = TypeVar("R")
 E = TypeVar("E", bound=Event)
 Self = TypeVar("Self", bound="MicroBatcher[Any, Any]")
 
-_DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "the batcher's default"})()
 _RETRY = RetryPolicy()
-
-
-@dataclass(frozen=True, slots=True)
-class ShutdownReport:
-    """What became of the jobs.
-
-    Attributes:
-        completed, failed, cancelled, unknown: jobs with that outcome since construction.
-        undelivered: the jobs themselves that the timeout cut off; their futures carry `BatcherClosed` (no trace) or
-            `OutcomeUnknown`.
-        finished: every job has its outcome and the last event is out.
-    """
-
-    completed: int
-    failed: int
-    cancelled: int
-    unknown: int
-    undelivered: tuple[Any, ...]
-    finished: bool
 
 
 class MicroBatcher(Generic[J, R]):
@@ -143,8 +125,8 @@ class MicroBatcher(Generic[J, R]):
         *,
         job_id: str | None = None,
         priority: int = 0,
-        submit_timeout: float = _DEFAULT,
-        delivery_timeout: float | None = _DEFAULT,
+        submit_timeout: float = DEFAULT,
+        delivery_timeout: float | None = DEFAULT,
     ) -> JobFuture[R]:
         """Accept *job* and return its future at once; it waits only while the batcher is full.
 
@@ -167,12 +149,12 @@ class MicroBatcher(Generic[J, R]):
         core = self._core
         if not core.here[0]:
             core.check_process()
-        if submit_timeout is not _DEFAULT or delivery_timeout is not _DEFAULT or priority or job_id is not None:
+        if submit_timeout is not DEFAULT or delivery_timeout is not DEFAULT or priority or job_id is not None:
             self._check(job_id, priority, submit_timeout, delivery_timeout)
             record = self._record(job, priority, delivery_timeout)
             if job_id is not None:
                 record.future._job_id = job_id
-            if submit_timeout is _DEFAULT:
+            if submit_timeout is DEFAULT:
                 submit_timeout = self._submit_timeout
         else:
             now = core.clock()
@@ -180,7 +162,7 @@ class MicroBatcher(Generic[J, R]):
             submit_timeout = self._submit_timeout
         if not core.ready:
             self._start(1)
-        future = core.admit(record, submit_timeout, job_id)
+        future = admit(core, record, submit_timeout, job_id)
         if core.listeners.by_type and future is record.future:
             self._tell_submitted(job, future, priority)
         return future
@@ -190,8 +172,8 @@ class MicroBatcher(Generic[J, R]):
         jobs: Iterable[J],
         *,
         priority: int = 0,
-        submit_timeout: float = _DEFAULT,
-        delivery_timeout: float | None = _DEFAULT,
+        submit_timeout: float = DEFAULT,
+        delivery_timeout: float | None = DEFAULT,
     ) -> list[JobFuture[R]]:
         """Accept all *jobs* in their order, or none of them; see `submit`. Cheaper than one by one.
 
@@ -207,7 +189,7 @@ class MicroBatcher(Generic[J, R]):
             return []
         if not core.ready:
             self._start(len(records))
-        core.admit_all(records, self._submit_timeout if submit_timeout is _DEFAULT else submit_timeout)
+        admit_all(core, records, self._submit_timeout if submit_timeout is DEFAULT else submit_timeout)
         futures = [record.future for record in records]
         if core.listeners.by_type:
             for payload, future in zip(payloads, futures, strict=True):
@@ -220,8 +202,8 @@ class MicroBatcher(Generic[J, R]):
         *,
         job_id: str | None = None,
         priority: int = 0,
-        submit_timeout: float = _DEFAULT,
-        delivery_timeout: float | None = _DEFAULT,
+        submit_timeout: float = DEFAULT,
+        delivery_timeout: float | None = DEFAULT,
     ) -> R:
         """Submit *job* and wait for its result, bounded by *delivery_timeout*; see `submit`.
 
@@ -292,7 +274,7 @@ class MicroBatcher(Generic[J, R]):
         core.check_process()
         core.close(NEVER if timeout is None else core.clock() + timeout)
         if cancel_futures:
-            core.cancel_all()
+            cancel_all(core)
         if not wait or core.on_own_thread():
             finish_without_threads(core)
         else:
@@ -342,32 +324,18 @@ class MicroBatcher(Generic[J, R]):
     # Helpers.
 
     def _check(self, job_id: str | None, priority: int, submit_timeout: float, delivery_timeout: float | None) -> None:
-        options = self._core.options
-        if job_id is not None and not isinstance(job_id, str):
-            raise TypeError(f"job_id must be a string, not {job_id!r}")
-        if job_id == "":
-            raise ValueError("job_id must not be empty; leave it out for one made by the library")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise TypeError(f"priority must be a whole number, not {priority!r}")
-        if priority and not self._core.intake.store.ordered:
-            raise ValueError(
-                f"priority={priority!r} needs a queue that keeps an order; this one does not. "
-                "Use MemoryQueue (the default), or give yours `ordered = True` if it sorts its items"
-            )
-        if submit_timeout is not _DEFAULT:
-            seconds("submit_timeout", submit_timeout)
-        if delivery_timeout is not _DEFAULT:
-            check_delivery_timeout(delivery_timeout, options.retry)
+        ordered, retry = self._core.intake.store.ordered, self._core.options.retry
+        check_submit(job_id, priority, submit_timeout, delivery_timeout, ordered=ordered, retry=retry)
 
     def _record(self, job: J, priority: int, delivery_timeout: float | None) -> Job:
         core = self._core
-        lifetime = self._lifetime if delivery_timeout is _DEFAULT else delivery_timeout
+        lifetime = self._lifetime if delivery_timeout is DEFAULT else delivery_timeout
         now = core.clock()
         return Job(job, core.new_future(core), priority, now, NEVER if lifetime is None else now + lifetime)
 
     def _start(self, jobs: int) -> None:
         if self._core.closed:
-            raise self._core.refuse_closed(jobs)
+            raise refuse_closed(self._core, jobs)
         self._core.start_threads()
 
     def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import OutcomeUnknown, ProcessorContractError
@@ -26,6 +27,22 @@ class Again:
 
 
 Answer = Verdict | Again
+Retried = tuple[Job, BaseException, float]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone, how many
+    answers came too late, when the jobs ended, how many others were queued then.
+    """
+
+    answers: list[Answer]
+    began: float
+    error: BaseException | None = None
+    alone: int = 0
+    late: int = 0
+    ended: float = 0.0
+    backlog: int = 0
 
 
 class Judge:

@@ -13,6 +13,9 @@ from typing import Any
 from .queues import MemoryQueue
 from .retry import RetryPolicy
 
+# Stands for what the batcher was constructed with.
+DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "the batcher's default"})()
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -99,6 +102,33 @@ def check_delivery_timeout(value: float | None, retry: RetryPolicy | None) -> No
             "delivery_timeout=None with a retry policy of max_attempts=None would retry for ever; "
             "give one of them a number, or pass retry=None"
         )
+
+
+def check_submit(
+    job_id: str | None,
+    priority: int,
+    submit_timeout: float,
+    delivery_timeout: float | None,
+    *,
+    ordered: bool,
+    retry: RetryPolicy | None,
+) -> None:
+    """Refuse what one `submit` may not say; *ordered* is whether the queue keeps an order."""
+    if job_id is not None and not isinstance(job_id, str):
+        raise TypeError(f"job_id must be a string, not {job_id!r}")
+    if job_id == "":
+        raise ValueError("job_id must not be empty; leave it out for one made by the library")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be a whole number, not {priority!r}")
+    if priority and not ordered:
+        raise ValueError(
+            f"priority={priority!r} needs a queue that keeps an order; this one does not. "
+            "Use MemoryQueue (the default), or give yours `ordered = True` if it sorts its items"
+        )
+    if submit_timeout is not DEFAULT:
+        seconds("submit_timeout", submit_timeout)
+    if delivery_timeout is not DEFAULT:
+        check_delivery_timeout(delivery_timeout, retry)
 
 
 def _number(text: str) -> float:

@@ -1,9 +1,12 @@
-"""Counters, and the snapshot that users see."""
+"""Counters, and the snapshots that users see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from .job import QUEUED, Job
 
 TRIGGERS = ("size", "idle", "linger", "flush", "retry", "shutdown")
 REASONS = ("full", "queue", "too_many", "closed")
@@ -58,6 +61,25 @@ class Stats:
     blocked_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the jobs.
+
+    Attributes:
+        completed, failed, cancelled, unknown: jobs with that outcome since construction.
+        undelivered: the jobs themselves that the timeout cut off; their futures carry `BatcherClosed` (no trace) or
+            `OutcomeUnknown`.
+        finished: every job has its outcome and the last event is out.
+    """
+
+    completed: int
+    failed: int
+    cancelled: int
+    unknown: int
+    undelivered: tuple[Any, ...]
+    finished: bool
+
+
 class Counters:
     """The running numbers, changed under the batcher's lock only.
 
@@ -100,3 +122,31 @@ class Counters:
     def rejected(self) -> int:
         """Jobs that met `QueueFull`."""
         return self.rejections["full"] + self.rejections["queue"] + self.rejections["too_many"]
+
+
+def snapshot(c: Counters, jobs: Sequence[Job], now: float) -> Stats:
+    """What *c* says at the instant *now*, with the outstanding *jobs*."""
+    return Stats(
+        submitted=c.ended() + len(jobs),
+        completed=c.completed,
+        failed=c.failed,
+        cancelled=c.cancelled,
+        unknown=c.unknown,
+        rejected=c.rejected(),
+        retries=c.retries,
+        isolated=c.isolated,
+        late_results=c.late_results,
+        outstanding=len(jobs),
+        queued=sum(job.place == QUEUED for job in jobs),
+        oldest_age=max((now - job.submitted for job in jobs), default=0.0),
+        batches=c.batches,
+        batch_jobs=c.batch_jobs,
+        triggers=dict(c.triggers),
+        consecutive_failures=c.consecutive_failures,
+        last_success=None if c.last_success is None else now - c.last_success,
+        queue_wait_seconds=c.queue_wait_seconds,
+        process_seconds=c.process_seconds,
+        rejections=dict(c.rejections),
+        blocked_submits=c.blocked_submits,
+        blocked_seconds=c.blocked_seconds,
+    )

@@ -14,8 +14,10 @@ from time import thread_time
 from typing import Any
 
 from .collector import NEVER
-from .core import Core, DeathWatch, tell_contained
+from .core import Core, DeathWatch
 from .events import BatcherShutDown
+from .owed import abandon_all, overdue, settle_owed
+from .telling import tell_contained
 
 _log = logging.getLogger("microbatch.supervisor")
 
@@ -85,9 +87,9 @@ class Supervisor:
             now, spent = core.clock(), thread_time()
             jobs = list(core.outstanding.values())
             if jobs and now >= core.abandon_at:
-                core.abandon_all()
+                abandon_all(core)
             else:
-                core.overdue(jobs, now)
+                overdue(core, jobs, now)
             if core.intake.dead > (0 if core.blocked else len(core.outstanding)):
                 core.intake.sweep()
                 core.wake_blocked()
@@ -98,7 +100,7 @@ class Supervisor:
                 nearest = min(nearest, core.abandon_at)
             core.next_check = min(nearest, self._close_by)
         self._abandon()
-        if not core.settle_owed():
+        if not settle_owed(core):
             with core.lock:
                 core.next_check = min(core.next_check, core.clock() + _SOON)
         return not self._finish()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from .batcher import _DEFAULT, MicroBatcher, ShutdownReport
+from .batcher import MicroBatcher
 from .collector import NEVER, lingers_until
 from .core import Core, cores
 from .job import JobFuture
+from .options import DEFAULT
 from .protocols import Batch, BatchProcessor
+from .stats import ShutdownReport
 from .supervisor import Supervisor
 from .worker import Worker, leave
 
@@ -87,8 +89,8 @@ class InlineBatcher(MicroBatcher[J, R]):
         *,
         job_id: str | None = None,
         priority: int = 0,
-        submit_timeout: float = _DEFAULT,
-        delivery_timeout: float | None = _DEFAULT,
+        submit_timeout: float = DEFAULT,
+        delivery_timeout: float | None = DEFAULT,
     ) -> JobFuture[R]:
         """As `MicroBatcher.submit`; the future is resolved already, unless the batcher is held."""
         self._catch_up()
@@ -107,8 +109,8 @@ class InlineBatcher(MicroBatcher[J, R]):
         jobs: Iterable[J],
         *,
         priority: int = 0,
-        submit_timeout: float = _DEFAULT,
-        delivery_timeout: float | None = _DEFAULT,
+        submit_timeout: float = DEFAULT,
+        delivery_timeout: float | None = DEFAULT,
     ) -> list[JobFuture[R]]:
         """As `MicroBatcher.submit_many`: the jobs form as few batches as they can."""
         self._catch_up()

@@ -16,58 +16,31 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
-from typing import Any
 
 from . import job as job_module
+from .calling import call
 from .collector import NEVER, Collected, Undecided, Wait, collect_batch
-from .core import Core, DeathWatch, conclude, run_callbacks, tell_contained
-from .errors import OutcomeUnknown, WorkerDied
-from .events import BatchCompleted, BatchFailed, BatchStarted, Event, JobCompleted, JobRetrying
-from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
-from .judge import Again, Answer, Judge
+from .core import Core, DeathWatch
+from .events import BatchStarted
+from .flight import Flight
+from .job import HANDED_OVER, TAKEN
+from .judge import Judge, Outcome
 from .protocols import Batch
+from .telling import tell_started
 
 _log = logging.getLogger("microbatch.worker")
 
 
-Retried = tuple[Job, BaseException, float]
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a batch: one answer per job, when it began, its error as a whole, how many failed alone, how many
-    answers came too late, when the jobs ended, how many others were queued then.
-    """
-
-    answers: list[Answer]
-    began: float
-    error: BaseException | None = None
-    alone: int = 0
-    late: int = 0
-    ended: float = 0.0
-    backlog: int = 0
-
-
-class Worker:
-    """One worker. `jobs`, `batch` and `processing` are read by other threads, under the lock."""
+class Worker(Flight):
+    """One worker, with the batch that it has in flight."""
 
     def __init__(self, core: Core) -> None:
-        self.core = core
+        super().__init__(core)
         self.thread = threading.current_thread()
         self.judge = Judge(core.processor.is_retryable, core.options.retry)
-        self.jobs: list[Job] = []
-        self.batch: Batch[Any] | None = None
-        self.answers: list[Answer] = []  # of the batch that is settled: the ends that are this worker's to tell
         self.opened = core.processor.open is None
-        self.processing = False
-        self.abandoned = False
         self.leaving = False
         self.gone = False
-
-    def stuck(self) -> bool:
-        """Whether the processor still runs although every job it holds has its outcome."""
-        return self.processing and all(job.verdict is not None for job in self.jobs)
 
     def claim(self) -> bool:
         """Take a place among the workers; False for a surplus one, which is to leave."""
@@ -101,7 +74,7 @@ class Worker:
             return False
         outcome = self._process(collected)
         if self in self.core.workers:  # a child forked inside the processor has no part in this batch
-            self._settle(outcome)
+            self.settle(outcome)
         return True
 
     # Collecting: one worker at a time, the others follow on the lock `collecting`.
@@ -207,7 +180,7 @@ class Worker:
             return Outcome([], began)
         if error is None:
             if self.core.listeners.want(BatchStarted) and not self.core.finishing:
-                self._tell_started(batch)
+                tell_started(self.core.listeners, batch, self.jobs)
             if self not in self.core.workers:
                 return Outcome([], began)  # a child forked inside `open` or a listener
             self.core.touched = True
@@ -221,11 +194,6 @@ class Worker:
                 # It may come from outside, before the processor could look what became of the first attempt.
                 error = self._still_undecided(collected.undecided, error)
         return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
-
-    def _tell_started(self, batch: Batch[Any]) -> None:
-        origins = tuple(job.future._origin for job in self.jobs if job.future._origin is not None)
-        event = BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger, origins)
-        tell_contained(self.core.listeners, event)
 
     def _open(self, collected: Collected) -> BaseException | None:
         """Open the processor for this thread; its failure is this batch's failure, the next one tries again."""
@@ -249,197 +217,6 @@ class Worker:
         _log.warning("batch %s: %s before the processor took it up again", undecided.batch_id, type(error).__name__)
         errors = (job.error for job in self.jobs if job.verdict is None and job.error is not None)
         return next(errors, error)
-
-    # Settling: verdicts under the lock, then futures, callbacks and events outside it.
-
-    def _settle(self, outcome: Outcome) -> None:
-        core, batch, jobs = self.core, self.batch, self.jobs
-        if batch is None:
-            return
-        self.answers = outcome.answers
-        retried = self._decide(batch, outcome)
-        left = job_module.complete(jobs)
-        for job in left:
-            conclude(job)
-        callers = sum(job.future._bell is not None and job.future._waiters is None for job in left)
-        # After the futures, for a handler may block.
-        _report(batch, outcome, retried)
-        for job in left:
-            run_callbacks(job.future)
-        # A batch that the shutdown did not wait for is not told: there is nothing after the last event.
-        if core.listeners.by_type and not core.finishing:
-            self._tell(batch, outcome, retried)
-        with core.lock:
-            self.jobs = []
-            self.batch = None
-            if callers and core.options.max_concurrent_batches == 1:
-                seconds, limit = outcome.ended - outcome.began, core.options.max_batch_size
-                core.returning.expect(callers, outcome.backlog, seconds, core.clock(), max_batch_size=limit)
-            core.after_ends()
-        for job, answer in zip(jobs, outcome.answers, strict=True):
-            # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
-            if job.verdict is answer:
-                job.payload = None
-
-    def _decide(self, batch: Batch[Any], outcome: Outcome) -> list[Retried]:
-        """Write the verdicts; return the jobs to retry, with error and delay."""
-        core = self.core
-        retried: list[Retried] = []
-        # One delay for the whole batch: what failed together comes back together.
-        delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
-        first = outcome.answers[0] if outcome.answers else None
-        together = isinstance(first, Again) and first.undecided
-        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt) if together else None
-        with core.lock:
-            now = outcome.ended = core.clock()
-            self._count(outcome, now)
-            if outcome.error is None and not outcome.alone:
-                outcome.late = core.complete_all(self.jobs, outcome.answers)
-            else:
-                for job, answer in zip(self.jobs, outcome.answers, strict=True):
-                    if job.verdict is not None:
-                        outcome.late += 1
-                    elif isinstance(answer, Again):
-                        self._postpone(job, answer, now + delay, undecided)
-                        retried.append((job, answer.error, delay))
-                    else:
-                        core.end(job, answer)
-            if retried and undecided is not None:
-                core.intake.wait_until(now + delay, undecided)
-            core.counters.late_results += outcome.late
-            core.counters.retries += len(retried)
-            if retried:
-                core.ring_worker()
-            outcome.backlog = len(core.outstanding) - len(core.intake.heap)
-            core.after_ends()
-        return retried
-
-    def _count(self, outcome: Outcome, now: float) -> None:
-        counters = self.core.counters
-        counters.process_seconds += now - outcome.began
-        counters.isolated += outcome.alone
-        if outcome.error is None:
-            counters.consecutive_failures = 0
-            counters.last_success = now
-        else:
-            counters.consecutive_failures += 1
-
-    def _postpone(self, job: Job, again: Again, due: float, undecided: Undecided | None) -> None:
-        job.due = due
-        job.error = again.error
-        # The batch before the place: if an interruption came in between, the job would be retried on its own.
-        job.undecided = undecided
-        job.place = WAITING
-        if undecided is None:
-            self.core.intake.wait_until(due, job)
-
-    def _tell(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
-        core, listeners, began, ended = self.core, self.core.listeners, outcome.began, outcome.ended
-        if listeners.want(JobRetrying):
-            for job, cause, delay in retried:
-                self._say(JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay))
-        failed = 0
-        for job, answer in zip(self.jobs, outcome.answers, strict=True):
-            if job.verdict is not answer:
-                continue  # retried, or ended by somebody else, who tells it
-            if job.verdict[2] is not None:
-                failed += 1
-                if self in core.workers:
-                    core.tell_failed(job, batch.id, began, ended)
-            elif listeners.want(JobCompleted):
-                age, waited = ended - job.submitted, began - job.submitted
-                result = job.verdict[1]
-                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited))
-        facts = (batch.id, len(batch), batch.attempt, batch.trigger)
-        seconds = ended - began
-        if outcome.error is None:
-            self._say(BatchCompleted(*facts, failed, seconds))
-        else:
-            self._say(BatchFailed(*facts, outcome.error, seconds))
-
-    def _say(self, event: Event) -> None:
-        if self in self.core.workers:  # a child forked inside a callback or a listener tells nothing of this batch
-            tell_contained(self.core.listeners, event)
-
-    # Recovery, after an exception from outside hit this thread's own lines.
-
-    def recover(self) -> None:
-        swept = self.sweep()
-        for job in swept:
-            self._resolve(job)
-        for job in swept:
-            self.core.tell_failed(job)
-        with self.core.lock:
-            self.jobs = []
-            self.batch = None
-            self.core.after_ends()
-
-    def sweep(self) -> list[Job]:
-        """Invariant 3, for this worker's jobs; then the order is made anew. Returns the jobs that ended."""
-        with self.core.lock:
-            return self._sweep()
-
-    def _sweep(self) -> list[Job]:
-        core = self.core
-        self.processing = False
-        if self not in core.workers:
-            return []
-        batch_id = self.batch.id if self.batch is not None else None
-        for job in self.jobs:
-            if job.verdict is None and job.place == HANDED_OVER:
-                error = WorkerDied("the worker was interrupted while it held the job", batch_id=batch_id)
-                core.end(job, (UNKNOWN, None, error))
-            elif job.verdict is None and job.place == TAKEN:
-                job.place = QUEUED if job.undecided is None else WAITING
-                if not job.attempts:
-                    job.future._put_back()
-        core.intake.rebuild(lambda: list(core.outstanding.values()))
-        core.ring_worker()  # another one may be asleep, and what this one had taken is back in the queue
-        core.after_ends()
-        # Not what the supervisor ended meanwhile: it tells that itself, and may have done so.
-        own = {id(answer) for answer in self.answers}
-        return [
-            job
-            for job in self.jobs
-            if job.verdict is not None and (id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))
-        ]
-
-    def _resolve(self, job: Job) -> None:
-        conclude(job)
-        run_callbacks(job.future)
-
-
-def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:
-    """What *process* returned, or what it raised.
-
-    `map` runs it inside one C call: if an exception from outside arrives between its return and ours, the
-    answer is in the list already and counts. A plain call would lose it and take a done batch for a failed one.
-    """
-    answer: list[Any] = []
-    error: BaseException | None = None
-    try:
-        answer.extend(map(process, (batch,)))
-    except BaseException as exc:
-        error = exc
-    if answer:
-        return answer[0], None
-    if error is None:
-        # `map` takes a StopIteration for its own end.
-        error = RuntimeError("the processor raised StopIteration")
-    return None, error
-
-
-def _report(batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
-    """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
-    if retried:
-        cause = "single jobs failed" if outcome.error is None else type(outcome.error).__name__
-        delay = retried[0][2]
-        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, len(retried), delay)
-    elif isinstance(outcome.error, OutcomeUnknown):
-        kind = type(outcome.error).__name__
-        _log.error("batch %s: the outcome of its %d jobs is unknown (%s)", batch.id, len(batch), kind)
-    if outcome.late:
-        _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, outcome.late)
 
 
 def work(core: Core, watch: DeathWatch) -> None:

@@ -70,16 +70,14 @@ BREAKS = (
     Break(
         "a flag tested before the put",
         "P6",
-        "core.py",
+        "acceptance.py",
         (
             (
-                "        with self.lock:\n            if self.closed:\n"
-                "                raise self.refuse_closed(1)\n"
-                "            if job_id is not None:\n                taken",
-                "        if self.closed:\n"
-                "            raise self.refuse_closed(1)\n"
-                "        os.sched_yield()\n"
-                "        with self.lock:\n            if job_id is not None:\n                taken",
+                "    with core.lock:\n        if core.closed:\n            raise refuse_closed(core, 1)\n"
+                "        if job_id is not None:\n            taken",
+                "    if core.closed:\n        raise refuse_closed(core, 1)\n"
+                "    __import__('os').sched_yield()\n"
+                "    with core.lock:\n        if job_id is not None:\n            taken",
             ),
         ),
         ("test_batcher.py::test_P6_no_submit_slips_past_the_end_of_a_shutdown",),
@@ -87,7 +85,7 @@ BREAKS = (
     Break(
         "except Exception round the processor",
         "P1",
-        "worker.py",
+        "calling.py",
         (
             (
                 "        answer.extend(map(process, (batch,)))\n    except BaseException",
@@ -115,10 +113,10 @@ BREAKS = (
         (
             ("outcome = self._process(collected)", "outcome = self._process(collected)\n        self._drop()"),
             (
-                "    def _settle(",
+                "    # Collecting: one",
                 "    def _drop(self) -> None:\n"
                 "        self.jobs.sort(key=lambda job: job.verdict is not None)\n\n"
-                "    def _settle(",
+                "    # Collecting: one",
             ),
         ),
         ("test_supervisor.py::test_P5_the_others_of_a_batch_get_their_results_though_one_is_overdue",),
@@ -150,7 +148,7 @@ BREAKS = (
     Break(
         "sleeping in the retry",
         "P5",
-        "worker.py",
+        "flight.py",
         (
             (
                 "        _report(batch, outcome, retried)\n",
@@ -163,7 +161,7 @@ BREAKS = (
     Break(
         "a line in the log before the futures",
         "P1",
-        "worker.py",
+        "flight.py",
         (
             (
                 "            core.after_ends()\n        return retried\n",
@@ -175,7 +173,7 @@ BREAKS = (
     Break(
         "skipping set_running_or_notify_cancel",
         "P1",
-        "core.py",
+        "telling.py",
         (("        return job.future._conclude(CANCELLED_AND_NOTIFIED, None, None, blocking)", "        return True"),),
         ("test_batcher.py::test_P1_a_cancelled_job_is_done_for_who_waits_for_several",),
     ),
@@ -210,11 +208,11 @@ BREAKS = (
     Break(
         "acceptance before the wake-up",
         "P1",
-        "core.py",
+        "acceptance.py",
         (
             (
-                "                # Wake-ups first, acceptance last",
-                "                self.outstanding[sequence] = job\n                # Wake-ups first, acceptance last",
+                "            # Wake-ups first, acceptance last",
+                "            core.outstanding[sequence] = job\n            # Wake-ups first, acceptance last",
             ),
         ),
         (
@@ -235,8 +233,8 @@ BREAKS = (
     Break(
         "the bound counts only what is queued",
         "P5",
-        "core.py",
-        (("if len(self.outstanding) < self.bound:", "if self.intake.store.size() < self.bound:"),),
+        "acceptance.py",
+        (("if len(core.outstanding) < core.bound:", "if core.intake.store.size() < core.bound:"),),
         ("test_batcher.py::test_P5_queued_running_and_waiting_jobs_all_count",),
     ),
     Break(
@@ -261,11 +259,11 @@ BREAKS = (
     Break(
         "no supervision of deadlines",
         "P5",
-        "core.py",
+        "owed.py",
         (
             (
-                "        ended = [job for job in jobs if job.deadline <= now and job.verdict is None]",
-                "        ended: list[Job] = []",
+                "    ended = [job for job in jobs if job.deadline <= now and job.verdict is None]",
+                "    ended: list[Job] = []",
             ),
         ),
         ("test_supervisor.py::test_P5_a_job_that_was_never_handed_over_fails_at_its_deadline",),
@@ -274,11 +272,11 @@ BREAKS = (
     Break(
         "a deadline that passes in the processor is called a failure",
         "P4",
-        "core.py",
+        "owed.py",
         (
             (
-                "        if job.place == HANDED_OVER:\n            return Out",
-                "        if False:\n            return Out",
+                "    if job.place == HANDED_OVER:\n        return Out",
+                "    if False:\n        return Out",
             ),
         ),
         (
@@ -325,8 +323,8 @@ BREAKS = (
     Break(
         "submit waits on the worker",
         "P6",
-        "core.py",
-        ((" and not nested and not self.on_own_thread()", ""),),
+        "acceptance.py",
+        ((" and not nested and not core.on_own_thread()", ""),),
         ("test_batcher.py::test_a_submit_on_a_worker_never_waits_for_it",),
         seconds=6,
     ),
@@ -345,14 +343,14 @@ BREAKS = (
     Break(
         "an undecided batch comes back in pieces",
         "P4",
-        "worker.py",
+        "flight.py",
         (("together = isinstance(first, Again) and first.undecided", "together = False"),),
         ("test_threads.py::test_p4_an_undecided_batch_comes_back_unchanged_alone_with_its_id",),
     ),
     Break(
         "an undecided batch that a dead worker had taken comes back in pieces",
         "P4",
-        "worker.py",
+        "flight.py",
         (("job.place = QUEUED if job.undecided is None else WAITING", "job.place = QUEUED"),),
         ("test_supervisor.py::test_P4_an_undecided_batch_that_a_dead_worker_had_taken_comes_back_as_the_same_batch",),
     ),
@@ -387,7 +385,7 @@ BREAKS = (
     Break(
         "a dead worker keeps its jobs",
         "P1",
-        "worker.py",
+        "flight.py",
         (("if job.verdict is None and job.place == HANDED_OVER:", "if False:"),),
         (
             "test_supervisor.py::test_P1_what_a_dead_worker_held_is_unknown_what_it_only_took_is_queued_again"
@@ -397,7 +395,7 @@ BREAKS = (
     Break(
         "a dead worker tells what the supervisor has told",
         "P1",
-        "worker.py",
+        "flight.py",
         (("(id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))", "True"),),
         ("test_supervisor.py::test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies",),
     ),
@@ -443,8 +441,8 @@ BREAKS = (
     Break(
         "a worker that lingers is not woken by a job with less time",
         "P5",
-        "core.py",
-        ((" or job.deadline < self.wake_before:", ":"),),
+        "acceptance.py",
+        ((" or job.deadline < core.wake_before:", ":"),),
         ("test_threads.py::test_P5_a_job_with_less_time_than_the_linger_is_taken_before_its_deadline",),
     ),
     Break(
@@ -514,7 +512,7 @@ BREAKS = (
     Break(
         "a lone caller is waited for",
         "P8",
-        "collector.py",
+        "returning.py",
         (("if callers < 1 or callers + backlog < 2 or", "if callers < 1 or"),),
         ("test_collector.py::test_P8_nobody_waits_for_a_caller_who_is_alone_nor_for_nobody",),
     ),

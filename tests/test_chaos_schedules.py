@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chaos.schedules import SCENARIOS, explore
 
-from microbatch import BatcherClosed, QueueFull
+from microbatch import BatcherClosed, QueueFull, batcher
 from microbatch.core import Core
 from microbatch.job import QUEUED
 
@@ -23,37 +23,37 @@ def test_every_promise_holds_in_every_order(name: str) -> None:
 
 
 def look_at_the_flag_before_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = Core.admit
+    admit = batcher.admit
 
-    def racy(self: Core, job: Any, submit_timeout: float, job_id: str | None) -> Any:
-        if self.closed:
+    def racy(core: Core, job: Any, submit_timeout: float, job_id: str | None) -> Any:
+        if core.closed:
             raise BatcherClosed("closed")
-        self.counters.ended()  # a line of the library between the look and the lock
-        with self.lock:
-            closed, self.closed = self.closed, False
+        core.counters.ended()  # a line of the library between the look and the lock
+        with core.lock:
+            closed, core.closed = core.closed, False
             try:
-                return admit(self, job, submit_timeout, job_id)
+                return admit(core, job, submit_timeout, job_id)
             finally:
-                self.closed = closed
+                core.closed = closed
 
-    monkeypatch.setattr(Core, "admit", racy)
+    monkeypatch.setattr(batcher, "admit", racy)
 
 
 def look_at_the_bound_before_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = Core.admit
+    admit = batcher.admit
 
-    def racy(self: Core, job: Any, submit_timeout: float, job_id: str | None) -> Any:
-        if len(self.outstanding) >= self.options.max_outstanding:
+    def racy(core: Core, job: Any, submit_timeout: float, job_id: str | None) -> Any:
+        if len(core.outstanding) >= core.options.max_outstanding:
             raise QueueFull("full")
-        self.counters.ended()
-        with self.lock:
-            bound, self.bound = self.bound, 99
+        core.counters.ended()
+        with core.lock:
+            bound, core.bound = core.bound, 99
             try:
-                return admit(self, job, submit_timeout, job_id)
+                return admit(core, job, submit_timeout, job_id)
             finally:
-                self.bound = bound
+                core.bound = bound
 
-    monkeypatch.setattr(Core, "admit", racy)
+    monkeypatch.setattr(batcher, "admit", racy)
 
 
 def look_at_the_place_before_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from chaos.simulator import Violation, simulate, virtual_time
 from chaos.verdict import Verdict
 
-from microbatch import OutcomeUnknown
+from microbatch import OutcomeUnknown, supervisor
 from microbatch.core import Core
 from microbatch.judge import Judge
 from microbatch.supervisor import Supervisor
@@ -80,7 +80,7 @@ def retry_in_new_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Core, "overdue", lambda self, jobs, now: None)
+    monkeypatch.setattr(supervisor, "overdue", lambda core, jobs, now: None)
 
 
 def forget_who_died(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def forget_who_died(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def never_abandon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Core, "abandon_all", lambda self: None)
+    monkeypatch.setattr(supervisor, "abandon_all", lambda core: None)
 
 
 BROKEN: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {

@@ -11,11 +11,12 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
-from microbatch.batcher import MicroBatcher, ShutdownReport
+from microbatch.batcher import MicroBatcher
 from microbatch.errors import BatcherClosed, QueueFull
 from microbatch.events import JobFailed
 from microbatch.job import JobStatus
 from microbatch.options import Options
+from microbatch.stats import ShutdownReport
 
 from .failures import LOST, Failure, failure_of
 from .ids import Ids, JobId

@@ -36,9 +36,9 @@ from microbatch import (
 )
 from microbatch.collector import NEVER, Collected, Wait
 from microbatch.core import Core, DeathWatch, cores
+from microbatch.judge import Outcome as Answers
 from microbatch.supervisor import Supervisor
 from microbatch.testing import ManualClock
-from microbatch.worker import Outcome as Answers
 from microbatch.worker import Worker, leave
 
 from .verdict import EXPIRED, Verdict, code_of, id_and_key, judge, outcome_of
@@ -508,7 +508,7 @@ class Simulation:
     def settle(self, thread: Thread) -> None:
         assert thread.answers is not None
         if thread.worker in self.core.workers:
-            thread.worker._settle(thread.answers)
+            thread.worker.settle(thread.answers)
         thread.state, thread.until = State.AWAKE, NEVER
 
     def take_time(self, thread: Thread) -> None:

@@ -1,0 +1,51 @@
+"""The user's processor: its methods, looked up once, and the call of the one that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .protocols import Batch
+
+
+class Processor:
+    """The user's processor with its optional methods looked up once."""
+
+    def __init__(self, given: Any) -> None:
+        process = getattr(given, "process", None)
+        if process is None and callable(given) and not isinstance(given, type):
+            process = given
+        if not callable(process):
+            raise TypeError(f"processor must have a method process(batch) or be a function, not {given!r}")
+        self.process: Callable[[Any], Any] = process
+        self.open: Callable[[], object] | None = _method(given, "open")
+        self.close: Callable[[], object] | None = _method(given, "close")
+        self.is_retryable: Callable[[BaseException], bool] | None = _method(given, "is_retryable")
+        self.abandon: Callable[[Any], object] | None = _method(given, "abandon")
+
+
+def _method(given: Any, name: str) -> Any:
+    method = getattr(given, name, None)
+    if method is not None and not callable(method):
+        raise TypeError(f"{name} of processor {given!r} must be a method, not {method!r}")
+    return method
+
+
+def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:
+    """What *process* returned, or what it raised.
+
+    `map` runs it inside one C call: if an exception from outside arrives between its return and ours, the
+    answer is in the list already and counts. A plain call would lose it and take a done batch for a failed one.
+    """
+    answer: list[Any] = []
+    error: BaseException | None = None
+    try:
+        answer.extend(map(process, (batch,)))
+    except BaseException as exc:
+        error = exc
+    if answer:
+        return answer[0], None
+    if error is None:
+        # `map` takes a StopIteration for its own end.
+        error = RuntimeError("the processor raised StopIteration")
+    return None, error

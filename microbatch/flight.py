@@ -1,0 +1,208 @@
+"""The batch that a worker has in flight, from its taking to its last event: how it is settled, and what becomes of its
+jobs when an exception from outside hits the worker in between.
+
+The numbers are those of the invariants in `worker`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from . import job as job_module
+from .collector import Undecided
+from .core import Core
+from .errors import OutcomeUnknown, WorkerDied
+from .events import BatchCompleted, BatchFailed, Event, JobCompleted, JobRetrying
+from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
+from .judge import Again, Answer, Outcome, Retried
+from .protocols import Batch
+from .telling import conclude, run_callbacks, tell_contained, tell_failed
+
+_log = logging.getLogger("microbatch.worker")
+
+
+class Flight:
+    """One batch at a time. `jobs`, `batch` and `processing` are read by other threads, under the lock."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.jobs: list[Job] = []
+        self.batch: Batch[Any] | None = None
+        self.answers: list[Answer] = []  # of the batch that is settled: the ends that are this worker's to tell
+        self.processing = False
+        self.abandoned = False
+
+    def stuck(self) -> bool:
+        """Whether the processor still runs although every job it holds has its outcome."""
+        return self.processing and all(job.verdict is not None for job in self.jobs)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Verdicts under the lock, then futures, callbacks and events outside it."""
+        core, batch, jobs = self.core, self.batch, self.jobs
+        if batch is None:
+            return
+        self.answers = outcome.answers
+        retried = self._decide(batch, outcome)
+        left = job_module.complete(jobs)
+        for job in left:
+            conclude(job)
+        callers = sum(job.future._bell is not None and job.future._waiters is None for job in left)
+        # After the futures, for a handler may block.
+        _report(batch, outcome, retried)
+        for job in left:
+            run_callbacks(job.future)
+        # A batch that the shutdown did not wait for is not told: there is nothing after the last event.
+        if core.listeners.by_type and not core.finishing:
+            self._tell(batch, outcome, retried)
+        with core.lock:
+            self.jobs = []
+            self.batch = None
+            if callers and core.options.max_concurrent_batches == 1:
+                seconds, limit = outcome.ended - outcome.began, core.options.max_batch_size
+                core.returning.expect(callers, outcome.backlog, seconds, core.clock(), max_batch_size=limit)
+            core.after_ends()
+        for job, answer in zip(jobs, outcome.answers, strict=True):
+            # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
+            if job.verdict is answer:
+                job.payload = None
+
+    def _decide(self, batch: Batch[Any], outcome: Outcome) -> list[Retried]:
+        """Write the verdicts; return the jobs to retry, with error and delay."""
+        core = self.core
+        retried: list[Retried] = []
+        # One delay for the whole batch: what failed together comes back together.
+        delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
+        first = outcome.answers[0] if outcome.answers else None
+        together = isinstance(first, Again) and first.undecided
+        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt) if together else None
+        with core.lock:
+            now = outcome.ended = core.clock()
+            self._count(outcome, now)
+            if outcome.error is None and not outcome.alone:
+                outcome.late = core.complete_all(self.jobs, outcome.answers)
+            else:
+                for job, answer in zip(self.jobs, outcome.answers, strict=True):
+                    if job.verdict is not None:
+                        outcome.late += 1
+                    elif isinstance(answer, Again):
+                        self._postpone(job, answer, now + delay, undecided)
+                        retried.append((job, answer.error, delay))
+                    else:
+                        core.end(job, answer)
+            if retried and undecided is not None:
+                core.intake.wait_until(now + delay, undecided)
+            core.counters.late_results += outcome.late
+            core.counters.retries += len(retried)
+            if retried:
+                core.ring_worker()
+            outcome.backlog = len(core.outstanding) - len(core.intake.heap)
+            core.after_ends()
+        return retried
+
+    def _count(self, outcome: Outcome, now: float) -> None:
+        counters = self.core.counters
+        counters.process_seconds += now - outcome.began
+        counters.isolated += outcome.alone
+        if outcome.error is None:
+            counters.consecutive_failures = 0
+            counters.last_success = now
+        else:
+            counters.consecutive_failures += 1
+
+    def _postpone(self, job: Job, again: Again, due: float, undecided: Undecided | None) -> None:
+        job.due = due
+        job.error = again.error
+        # The batch before the place: if an interruption came in between, the job would be retried on its own.
+        job.undecided = undecided
+        job.place = WAITING
+        if undecided is None:
+            self.core.intake.wait_until(due, job)
+
+    def _tell(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
+        core, listeners, began, ended = self.core, self.core.listeners, outcome.began, outcome.ended
+        if listeners.want(JobRetrying):
+            for job, cause, delay in retried:
+                self._say(JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay))
+        failed = 0
+        for job, answer in zip(self.jobs, outcome.answers, strict=True):
+            if job.verdict is not answer:
+                continue  # retried, or ended by somebody else, who tells it
+            if job.verdict[2] is not None:
+                failed += 1
+                if self in core.workers:
+                    tell_failed(listeners, job, ended, batch.id, began)
+            elif listeners.want(JobCompleted):
+                age, waited = ended - job.submitted, began - job.submitted
+                result = job.verdict[1]
+                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited))
+        facts = (batch.id, len(batch), batch.attempt, batch.trigger)
+        seconds = ended - began
+        if outcome.error is None:
+            self._say(BatchCompleted(*facts, failed, seconds))
+        else:
+            self._say(BatchFailed(*facts, outcome.error, seconds))
+
+    def _say(self, event: Event) -> None:
+        if self in self.core.workers:  # a child forked inside a callback or a listener tells nothing of this batch
+            tell_contained(self.core.listeners, event)
+
+    # Recovery, after an exception from outside hit this thread's own lines.
+
+    def recover(self) -> None:
+        swept = self.sweep()
+        for job in swept:
+            self._resolve(job)
+        for job in swept:
+            tell_failed(self.core.listeners, job, self.core.clock())
+        with self.core.lock:
+            self.jobs = []
+            self.batch = None
+            self.core.after_ends()
+
+    def sweep(self) -> list[Job]:
+        """Invariant 3, for this worker's jobs; then the order is made anew. Returns the jobs that ended."""
+        with self.core.lock:
+            return self._sweep()
+
+    def _sweep(self) -> list[Job]:
+        core = self.core
+        self.processing = False
+        if self not in core.workers:
+            return []
+        batch_id = self.batch.id if self.batch is not None else None
+        for job in self.jobs:
+            if job.verdict is None and job.place == HANDED_OVER:
+                error = WorkerDied("the worker was interrupted while it held the job", batch_id=batch_id)
+                core.end(job, (UNKNOWN, None, error))
+            elif job.verdict is None and job.place == TAKEN:
+                job.place = QUEUED if job.undecided is None else WAITING
+                if not job.attempts:
+                    job.future._put_back()
+        core.intake.rebuild(lambda: list(core.outstanding.values()))
+        core.ring_worker()  # another one may be asleep, and what this one had taken is back in the queue
+        core.after_ends()
+        # Not what the supervisor ended meanwhile: it tells that itself, and may have done so.
+        own = {id(answer) for answer in self.answers}
+        return [
+            job
+            for job in self.jobs
+            if job.verdict is not None and (id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))
+        ]
+
+    def _resolve(self, job: Job) -> None:
+        conclude(job)
+        run_callbacks(job.future)
+
+
+def _report(batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
+    """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
+    if retried:
+        cause = "single jobs failed" if outcome.error is None else type(outcome.error).__name__
+        delay = retried[0][2]
+        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, len(retried), delay)
+    elif isinstance(outcome.error, OutcomeUnknown):
+        kind = type(outcome.error).__name__
+        _log.error("batch %s: the outcome of its %d jobs is unknown (%s)", batch.id, len(batch), kind)
+    if outcome.late:
+        _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, outcome.late)
