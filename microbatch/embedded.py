@@ -582,7 +582,13 @@ class _Server:
             self._pause()
 
     def _options(self, port: int) -> list[str]:
-        ours = {"listen_addresses": "127.0.0.1", "port": str(port), "unix_socket_directories": ""}
+        ours = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(port),
+            "unix_socket_directories": "",
+            # Of a killed server POSIX shared memory would stay behind; these files lie in its directory.
+            "dynamic_shared_memory_type": "mmap",
+        }
         settings = ours | self._spec.settings
         return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 

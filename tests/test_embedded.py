@@ -120,6 +120,16 @@ def test_a_with_block_gives_a_server_and_leaves_nothing_behind(scratch: Path) ->
     assert is_empty(scratch)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_killed_server_leaves_no_shared_memory_behind(scratch: Path) -> None:
+    """Named segments of POSIX shared memory outlive a server that is killed; it has none."""
+    with EmbeddedPostgres(**FAST) as server:
+        mapped = Path(f"/proc/{server.pid}/maps").read_text()
+
+        assert f"{server.directory}/run/data/pg_dynshmem/" in mapped
+        assert "/dev/shm/PostgreSQL" not in mapped
+
+
 def test_start_and_stop_may_be_repeated(scratch: Path) -> None:
     server = EmbeddedPostgres(**FAST)
     server.stop()
