@@ -165,12 +165,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="microbatch",
         description="Micro-batching for PostgreSQL: try it, load a file, serve it, prepare a database.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="the version of microbatch, and exit")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_load(commands)
     _add_serve(commands)
     _add_init_db(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks it up when it is asked for: the metadata of packages take long to read."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"microbatch {metadata.version('microbatch')}")
+        parser.exit()
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

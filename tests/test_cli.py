@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,14 @@ def test_help_needs_no_driver() -> None:
     assert "demo" in done.stdout
     assert "load" in done.stdout
     assert "init-db" in done.stdout
+
+
+def test_the_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+
+    assert stopped.value.code in (0, None)
+    assert capsys.readouterr().out == f"microbatch {version('microbatch')}\n"
 
 
 @pytest.mark.parametrize("arguments", [["demo"], ["load", "x.csv", "--table", "t"], ["init-db"]])
