@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -45,10 +47,23 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgres | Simple
         yield SimpleNamespace(dsn=given)
         return
     request.getfixturevalue("binaries")
-    with EmbeddedPostgres(
-        fsync="off", synchronous_commit="off", full_page_writes="off", shared_buffers="32MB"
-    ) as embedded:
+    embedded = EmbeddedPostgres(fsync="off", synchronous_commit="off", full_page_writes="off", shared_buffers="32MB")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", memory_disk())
+        embedded.start()
+    try:
         yield embedded
+    finally:
+        embedded.stop()
+
+
+def memory_disk() -> str | None:
+    """A directory in memory, if there is room for the server: each new database is 300 files."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+    return "/dev/shm" if free > 4 << 30 and os.access("/dev/shm", os.W_OK | os.X_OK) else None
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from microbatch.embedded import EmbeddedPostgres, _find_binaries, _unprivileged_
 
 
 class Pair:
-    """Use it in a `with`; the standby follows the primary until `freeze()`."""
+    """Use it in a `with`; the standby follows the primary from `renew()` to `freeze()`."""
 
     def __init__(self) -> None:
         self.primary = EmbeddedPostgres(shared_buffers="32MB")
@@ -28,7 +28,6 @@ class Pair:
         try:
             self.primary.start()
             self.standby.start()
-            self._follow()
         except BaseException:
             self.__exit__()
             raise
@@ -37,6 +36,18 @@ class Pair:
     def __exit__(self, *_: object) -> None:
         self.standby.stop("immediate")
         self.primary.stop("immediate")
+
+    def renew(self) -> None:
+        """Let the standby follow a primary without a table, whatever a test has done to them."""
+        if not is_alive(self.primary.pid):
+            self.primary.restart()
+        with psycopg.connect(self.primary.dsn, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM RESET ALL")
+            connection.execute("SELECT pg_reload_conf()")
+            _until(connection, "SELECT current_setting('synchronous_standby_names') = ''")
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        self._follow()
 
     def dsn_of_standby(self) -> str:
         """Its files are the primary's, and so are its passwords."""

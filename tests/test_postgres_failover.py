@@ -28,13 +28,19 @@ WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 INSERT = "INSERT INTO item (key) VALUES (%(key)s) RETURNING id, key"
 
 
-@pytest.fixture
-def pair(binaries: None) -> Iterator[Pair]:
+@pytest.fixture(scope="module")
+def servers(binaries: None) -> Iterator[Pair]:
     with Pair() as pair:
-        with psycopg.connect(pair.primary.dsn, autocommit=True) as connection:
-            connection.execute(TABLE)
-            connection.execute(DDL)
         yield pair
+
+
+@pytest.fixture
+def pair(servers: Pair) -> Pair:
+    servers.renew()
+    with psycopg.connect(servers.primary.dsn, autocommit=True) as connection:
+        connection.execute(TABLE)
+        connection.execute(DDL)
+    return servers
 
 
 def statement(guard: str) -> Callable[[str], PostgresProcessor]:
