@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="microbatch",
         description="Micro-batching for PostgreSQL: try it, load a file, serve it, prepare a database.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="the version of microbatch, and exit")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="the version of microbatch, and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_load(commands)
