@@ -99,8 +99,8 @@ class MicroBatcher(Generic[J, R]):
         self._submit_timeout = core.options.submit_timeout
         timeout = core.options.delivery_timeout
         self._lifetime = NEVER if timeout is None else timeout
-        # Holds the core and not the batcher; exit has hooks of its own.
-        weakref.finalize(self, core.close).atexit = False
+        # Holds neither of them: a listener may lead from the core back to the batcher. Exit has hooks of its own.
+        weakref.finalize(self, _close, weakref.ref(core)).atexit = False
 
     @classmethod
     def from_env(
@@ -347,3 +347,10 @@ class MicroBatcher(Generic[J, R]):
         with core.lock:
             c = core.counters
             return ShutdownReport(c.completed, c.failed, c.cancelled, c.unknown, tuple(core.undelivered), core.finished)
+
+
+def _close(core: weakref.ref[Core]) -> None:
+    """Of a batcher that nobody holds any more. A core that nobody holds either has no threads, and nothing to drain."""
+    living = core()
+    if living is not None:
+        living.close()

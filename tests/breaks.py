@@ -178,6 +178,14 @@ BREAKS = (
         ("test_batcher.py::test_P1_a_cancelled_job_is_done_for_who_waits_for_several",),
     ),
     Break(
+        "what closes a forgotten batcher holds it",
+        "P5",
+        "batcher.py",
+        (("_close, weakref.ref(core))", "core.close)"),),
+        ("test_batcher.py::test_P5_a_batcher_whose_listener_holds_it_is_collected_after_its_shutdown",),
+        seconds=8,
+    ),
+    Break(
         "a plain lock",
         "P1",
         "core.py",

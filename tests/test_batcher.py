@@ -944,6 +944,22 @@ def test_a_forgotten_batcher_is_collected_and_drains() -> None:
     assert told == [BatcherShutDown(1, 0, 0, 0)]
 
 
+def test_P5_a_batcher_whose_listener_holds_it_is_collected_after_its_shutdown() -> None:
+    def use() -> tuple[weakref.ref[Any], ...]:
+        batcher: MicroBatcher[Any, Any] = MicroBatcher(FaultyProcessor(), name="held")
+        batcher.on(JobCompleted, lambda event: batcher)
+        batcher.execute(1)
+        batcher.shutdown()
+        return weakref.ref(batcher), weakref.ref(batcher._core)
+
+    used = use()
+    for thread in threading.enumerate():
+        if thread.name.startswith("held-"):
+            thread.join(PATIENCE)
+    gc.collect()
+    assert [there() for there in used] == [None, None]
+
+
 # on and off.
 
 
