@@ -51,10 +51,10 @@ def _protection(code: CodeType, offset: int) -> int | None:
     return next((target for start, end, target in _protections(code) if start <= offset < end), None)
 
 
-def _is_of_a_collection(code: CodeType) -> bool:
-    """Whether a garbage collection calls it, wherever that falls: what it raises never comes out."""
+def _is_dropped(code: CodeType) -> bool:
+    """Whether Python drops what it raises: the callbacks of weak references and collections, wherever they fall."""
     if code.co_filename in (weakref.__file__, _weakrefset.__file__):
-        return code.co_name in ("_remove", "remove")
+        return code.co_name in ("_remove", "remove") or code is weakref.finalize.__call__.__code__
     return any(getattr(callback, "__code__", None) is code for callback in gc.callbacks)
 
 
@@ -64,14 +64,18 @@ class _Injector:
     def __init__(self, n: int) -> None:
         self._left = n
         self._last: dict[FrameType, int] = {}
+        self._dropped: FrameType | None = None  # such a callback that is being run
         self.where = ""
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
             # Up to 3.12 an interruption right behind a handler's `acquire()` leaves its lock taken for ever, and every
             # thread that logs afterwards waits for it.
-            if frame.f_globals.get("__name__") == "logging" or _is_of_a_collection(frame.f_code):
+            if frame.f_globals.get("__name__") == "logging" or self._dropped is not None:
                 return None
+            if _is_dropped(frame.f_code):
+                self._dropped = frame
+                return self._until_it_returns
             # Python 3.13 takes the wish for opcodes only from a frame that is traced already.
             frame.f_trace = self
             frame.f_trace_opcodes = True
@@ -81,6 +85,11 @@ class _Injector:
         elif event == "return":
             self._last.pop(frame, None)
         return self
+
+    def _until_it_returns(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "return":
+            self._dropped = None
+        return self._until_it_returns
 
     def _opcode(self, frame: FrameType) -> None:
         code, offset = frame.f_code, frame.f_lasti
@@ -113,6 +122,9 @@ def interrupted_everywhere(
         outer = sys.gettrace()
         # Python 3.12 traces opcodes only where a frame asked for it before `settrace`.
         sys._getframe().f_trace_opcodes = True
+        # Nor does a collection, whose finalisers may be anybody's, fall into it.
+        collects = gc.isenabled()
+        gc.disable()
         sys.settrace(injector)
         try:
             call(prepared)
@@ -122,6 +134,8 @@ def interrupted_everywhere(
                 raise
         finally:
             sys.settrace(outer)
+            if collects:
+                gc.enable()
         if not injector.where:
             return
         yield injector.where, prepared
