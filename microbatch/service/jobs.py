@@ -193,10 +193,9 @@ class Jobs:
         except BaseException:
             known.leave(client, len(rows))
             raise
-        tickets = tuple(Ticket(each.id, future) for each, future in zip(submissions, futures, strict=True))
+        tickets = tuple(Ticket(each.id, future, client) for each, future in zip(submissions, futures, strict=True))
         for ticket in tickets:
             known.add(ticket)
-            ticket.future.add_done_callback(lambda _: known.leave(client))
         return tickets
 
     def _submit(self, submissions: list[Submission]) -> list[Any]:
@@ -218,6 +217,8 @@ class Jobs:
 
     def _of_ticket(self, ticket: Ticket, asks: bool = True) -> Answer:
         status = ticket.future.status
+        if ticket.future.done():
+            self._known.finish(ticket)
         if status is JobStatus.COMPLETED:
             return Answer(ticket.id, COMPLETED, row=ticket.future.result())
         if status in (JobStatus.PENDING, JobStatus.PROCESSING):

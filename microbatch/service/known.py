@@ -18,6 +18,7 @@ class Ticket:
 
     id: str
     future: JobFuture[str]
+    client: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,22 @@ class Known:
         self._clients: Counter[str] = Counter()
 
     def add(self, ticket: Ticket) -> None:
-        """Remember a job from its acceptance on."""
+        """Remember a job, which is counted for its client already, from its acceptance on."""
         with self._lock:
             self._live[ticket.id] = ticket
-        ticket.future.add_done_callback(lambda _: self._finish(ticket))
+        ticket.future.add_done_callback(lambda _: self.finish(ticket))
+
+    def finish(self, ticket: Ticket) -> None:
+        """Its future is done. Called by the future, and by whoever tells the client of it: the client may be back
+        before the future's callbacks have their turn.
+        """
+        with self._lock:
+            if self._live.pop(ticket.id, None) is None:
+                return
+            self._leave(ticket.client, 1)
+            self._finished[ticket.id] = (time.monotonic() + self._ttl, ticket)
+            while len(self._finished) > self._history:
+                self._finished.popitem(last=False)
 
     def find(self, job_id: str) -> Ticket | None:
         with self._lock:
@@ -92,18 +105,15 @@ class Known:
             self._clients[client] += jobs
             return True
 
-    def leave(self, client: str, jobs: int = 1) -> None:
+    def leave(self, client: str, jobs: int) -> None:
+        """Of what `enter` counted, so many were not accepted."""
         with self._lock:
-            self._clients[client] -= jobs
-            if not self._clients[client]:
-                del self._clients[client]
+            self._leave(client, jobs)
 
-    def _finish(self, ticket: Ticket) -> None:
-        with self._lock:
-            self._live.pop(ticket.id, None)
-            self._finished[ticket.id] = (time.monotonic() + self._ttl, ticket)
-            while len(self._finished) > self._history:
-                self._finished.popitem(last=False)
+    def _leave(self, client: str, jobs: int) -> None:
+        self._clients[client] -= jobs
+        if not self._clients[client]:
+            del self._clients[client]
 
     def _is_over(self, request: Request) -> bool:
         return request.tickets is not None and all(ticket.future.done() for ticket in request.tickets)

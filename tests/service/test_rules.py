@@ -145,7 +145,7 @@ def ticket(name: str, outcome: Any = None) -> Ticket:
     with InlineBatcher(process) as batcher:
         future = batcher.submit(name)
         batcher.flush()
-    return Ticket(name, future)
+    return Ticket(name, future, "client")
 
 
 def never(request: Request) -> bool:
@@ -154,6 +154,7 @@ def never(request: Request) -> bool:
 
 def test_so_many_finished_jobs_are_known() -> None:
     known = Known(history=3, ttl=60)
+    assert known.enter("client", 5, most=5)
     for number in range(5):
         known.add(ticket(str(number)))
     assert [known.find(str(number)) is not None for number in range(5)] == [False, False, True, True, True]
@@ -182,7 +183,7 @@ def test_a_key_is_reserved_once_however_many_ask(before: str) -> None:
 def test_keys_of_jobs_under_way_are_never_forgotten() -> None:
     known = Known(history=2, ttl=60)
     pending: Any = Future()
-    under_way = Ticket("under way", pending)
+    under_way = Ticket("under way", pending, "client")
     for number in range(5):
         key = bytes([number])
         assert known.reserve(key, b"", never) is None
@@ -214,9 +215,22 @@ def test_clients_that_are_done_are_forgotten() -> None:
     assert not known.enter("a", 1, most=3)
     assert known.enter("b", 1, most=3)
     known.leave("a", 3)
-    known.leave("b")
+    known.leave("b", 1)
     assert not known._clients
     assert known.enter("a", 3, most=3)
+
+
+def test_whoever_tells_of_an_end_may_count_it_before_the_callback_does() -> None:
+    known = Known(history=3, ttl=60)
+    pending: Any = Future()
+    job = Ticket("job", pending, "client")
+    assert known.enter("client", 2, most=2)
+    known.add(job)
+    known.finish(job)
+    assert known.enter("client", 1, most=2)
+    pending.set_result("{}")
+    assert known.find("job") is job
+    assert not known.enter("client", 1, most=2), "counted once"
 
 
 # Failures.

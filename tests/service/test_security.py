@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from microbatch.service import ServiceError, create_app
+from microbatch.service.known import Known, Ticket
 from microbatch.service.security import is_loopback
 from service.answers import ADMIN, AS_ADMIN, JOB, assert_problem
 
@@ -291,6 +293,25 @@ def test_one_client_has_so_many_jobs_outstanding(make_app: Callable[..., Flask])
     assert refused.headers["Retry-After"] == "1"
     for _ in range(3):  # what is over does not count
         assert client.post("/submit-job?wait=20", json=[JOB] * 3).status_code == 200
+
+
+def test_a_client_who_heard_of_the_end_of_its_jobs_may_submit_at_once(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, here, add = threading.Event(), threading.current_thread(), Known.add
+
+    def add_behind(known: Known, ticket: Ticket) -> None:
+        """The callbacks of a batch may be held up by those that come before them."""
+        ticket.future.add_done_callback(lambda _: threading.current_thread() is here or go.wait(20))
+        add(known, ticket)
+
+    monkeypatch.setattr(Known, "add", add_behind)
+    client = make_app(max_client_jobs=3).test_client()
+    try:
+        assert client.post("/submit-job?wait=20", json=[JOB] * 3).status_code == 200
+        assert client.post("/submit-job", json=[JOB] * 3).status_code == 202
+    finally:
+        go.set()
 
 
 def test_a_full_queue_is_said(make_app: Callable[..., Flask]) -> None:
