@@ -225,9 +225,11 @@ def test_P6_a_stuck_callback_or_listener_delays_the_end_by_delivery_timeout_at_m
             note("stuck")
             threading.Event().wait()
 
-        batcher = MicroBatcher(Writer(0.1), delivery_timeout=0.7)
+        processor = Gated()
+        batcher = MicroBatcher(processor, delivery_timeout=0.7)
         futures = submit_together(batcher, range(20))
         {hook}
+        processor.gate.set()
         """,
         tmp_path,
     )

@@ -220,7 +220,8 @@ for thread in threads:
 def test_P7_callbacks_of_the_parent_run_in_the_parent_only(tmp_path: Path) -> None:
     told = run(
         """
-batcher = MicroBatcher(Writer())
+processor = Gated()
+batcher = MicroBatcher(processor)
 gate = threading.Event()
 
 def first(future):
@@ -231,11 +232,12 @@ def second(future):
     note("second", os.getpid() == parent)
 
 parent = os.getpid()
-futures = [batcher.submit(job) for job in range(5)]
+futures = batcher.submit_many(range(5))
 for future in futures:
     future.add_done_callback(first)
     future.add_done_callback(second)
 batcher.on(JobCompleted, lambda event: note("event", os.getpid() == parent))
+processor.gate.set()
 # The worker is in the middle of the callbacks now: some ran, some did not, all futures are done.
 while not all(future.done() for future in futures):
     time.sleep(0.01)
@@ -583,8 +585,10 @@ PLACES = {
         batcher = MicroBatcher(Forks())
     """,
     "callback": """
-        batcher = MicroBatcher(Writer(0.05))
+        processor = Gated()
+        batcher = MicroBatcher(processor)
         on_first = lambda future: fork()
+        release = processor.gate.set
     """,
     "listener": """
         batcher = MicroBatcher(Writer(0.05))
@@ -629,7 +633,7 @@ WORKS = {
 def test_P7_forks_on_a_thread_of_the_batcher(tmp_path: Path, place: str, work: str) -> None:
     script = f"""
         children = []
-        on_first = listen_last = None
+        on_first = listen_last = release = None
         parent = os.getpid()
 
         class Stuck(Writer):
@@ -662,6 +666,8 @@ def test_P7_forks_on_a_thread_of_the_batcher(tmp_path: Path, place: str, work: s
                 future.add_done_callback(on_first)
         for future in futures:
             future.add_done_callback(lambda future: note("called"))
+        if release is not None:
+            release()
         for future in futures:
             future.exception(30)
         until = time.monotonic() + 20
@@ -703,6 +709,8 @@ futures = submit(batcher, range(20))
 # A daemon: after a fork without hooks Python itself would wait for another one for ever.
 closer = threading.Thread(target=batcher.shutdown, daemon=True)
 closer.start()
+while "shutting down" not in repr(batcher):
+    time.sleep(0.01)
 time.sleep(0.1)
 began = time.monotonic()
 pid = {fork}()
@@ -822,7 +830,8 @@ batcher.on(JobCompleted, lambda event: note("event", event.job))
 
 def work():
     futures = [batcher.submit("first")]
-    time.sleep(0.1)
+    while batcher.stats().queued:
+        time.sleep(0.01)
     futures += [batcher.submit(job, priority=job) for job in range(5)]
     gate.set()
     batcher.shutdown()
