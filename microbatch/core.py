@@ -391,13 +391,18 @@ class DeathWatch:
     a moment longer, and before 3.13 an interruption in it makes a living thread look dead for ever.
     """
 
+    # Defaults of the class: whoever drops a watch whose making was interrupted asks for them, too.
+    core: Core | None = None
+    holder: Any = None  # the worker or the supervisor
+    left = False  # of its own accord
+
     def __init__(self, core: Core) -> None:
         self.core = core
-        self.holder: Any = None  # the worker or the supervisor
-        self.left = False  # of its own accord
 
     def report(self) -> None:
         core = self.core
+        if core is None:
+            return
         if self.holder is not None:
             self.holder.gone = True
         if not self.left:

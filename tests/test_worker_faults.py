@@ -41,6 +41,7 @@ from microbatch import (
     life,
     protocols,
 )
+from microbatch.core import DeathWatch
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -401,6 +402,20 @@ def test_P1_the_first_submit_is_interrupted_anywhere() -> None:
         caller.gate.set()
         assert caller.batcher.submit("after").result(BOUND) == "after", where
         caller.check(where, at_most=2)
+
+
+def test_a_thread_s_watch_whose_making_is_interrupted_is_dropped_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: dropped.append(event.exc_value))
+    core = MicroBatcher(lambda batch: list(batch))._core
+
+    places = [where for where, _ in interrupted_everywhere(lambda: core, DeathWatch)]
+
+    assert any(where.startswith("__init__") for where in places), places
+    # What interrupts the finaliser itself is dropped by Python.
+    assert {type(error) for error in dropped} <= {Interrupt}, dropped
 
 
 def test_P1_submit_many_is_interrupted_anywhere() -> None:
