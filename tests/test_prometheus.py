@@ -394,13 +394,38 @@ def test_the_thread_looks_only_while_something_is_outstanding(
         gate.set()
         batcher.flush()
         share = next(iter(registry_watcher(registry)._shares.values()))
-        wait_until(lambda: share._asleep)
+        wait_until(lambda: share._asleep and looks[-1] == 0)
         seen = len(looks)
         assert looks[seen - 1] == 0
         assert 1 in looks
         batcher.submit(2).result(PATIENCE)
         wait_until(lambda: share._asleep and len(looks) > seen)
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "watched-metrics"])
+
+
+def test_a_thread_that_falls_asleep_while_it_is_being_woken_is_woken_again(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prometheus, "multiprocess", lambda: True)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with MicroBatcher[int, None](lambda batch: None, name="watched") as batcher:
+        instrument(batcher, registry)
+        share = registry_watcher(registry).share()
+        monkeypatch.setattr(share, "_threads", [threading.current_thread()])
+        bell, rings = share._bell, []
+
+        class Bell:
+            def put(self) -> None:
+                rings.append(len(rings))
+                bell.put()
+                if len(rings) == 1:
+                    wait_until(lambda: not batcher.stats().outstanding)
+                    assert not share._look()  # by the other thread, which finds nothing
+
+        monkeypatch.setattr(share, "_bell", Bell())
+        batcher.submit(1).result(PATIENCE)
+        batcher.submit(2).result(PATIENCE)
+        assert len(rings) == 2
 
 
 def registry_watcher(registry: CollectorRegistry) -> Any:
@@ -447,6 +472,7 @@ def test_any_worker_of_gunicorn_answers_for_all_of_them_also_for_those_that_are_
         clients = Clients(server)
         try:
             clients.wait_for(200)
+            wait_until(lambda: len(processes(server.lines())) == 2)
             gone = processes(server.lines())
             # New workers in the place of the old ones.
             server.send(signal.SIGHUP)

@@ -234,15 +234,19 @@ class _Share:
         """Have the thread look every `INTERVAL` for as long as there is something outstanding."""
         if not self._asleep:
             return
-        if self._threads:
-            self._bell.put()
-        else:
-            try:
+        try:
+            # Before the thread is woken: if it falls asleep again at once, that has the last word.
+            self._asleep = False
+            if self._threads:
+                self._bell.put()
+            else:
                 # No lock: a finaliser that submits may run in here. A surplus thread leaves.
                 threading.Thread(target=self._run, name=f"{self._name}-metrics", daemon=True).start()
-            except RuntimeError:
-                return  # no more threads: the next submit tries again, and the last event brings the rest
-        self._asleep = False
+        except RuntimeError:
+            self._asleep = True  # no more threads: the next submit tries again, and the last event brings the rest
+        except BaseException:
+            self._asleep = True
+            raise
 
     def end(self) -> None:
         """After the last event: the numbers as they stay."""
