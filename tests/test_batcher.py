@@ -802,11 +802,12 @@ def test_shutdown_before_the_first_job_starts_nothing_and_finishes() -> None:
     told: list[Any] = []
     batcher: MicroBatcher[Any, Any] = MicroBatcher(processor)
     batcher.on(BatcherShutDown, told.append)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     assert batcher.shutdown().finished
     assert batcher.shutdown().finished
     assert told == [BatcherShutDown(0, 0, 0, 0)]
-    assert (processor.opened, processor.closed, threading.active_count()) == (0, 0, before)
+    assert (processor.opened, processor.closed) == (0, 0)
+    assert set(threading.enumerate()) <= before
     with pytest.raises(BatcherClosed):
         batcher.submit(1)
 
@@ -888,7 +889,7 @@ def test_P6_the_earliest_of_several_timeouts_wins() -> None:
 def test_P6_without_wait_the_supervisor_keeps_the_timeout() -> None:
     with Gated() as gated:
         running = gated.busy()
-        assert gated.batcher.shutdown(wait=False, timeout=0.05).finished is False
+        assert gated.batcher.shutdown(wait=False, timeout=0.5).finished is False
         assert isinstance(running.exception(PATIENCE), OutcomeUnknown)
 
 
@@ -1171,7 +1172,7 @@ def test_submitted_is_always_the_sum_of_outcomes_and_outstanding() -> None:
 
         def look() -> int:
             seen = 0
-            while not stop.is_set():
+            while not (seen and stop.is_set()):
                 stats = batcher.stats()
                 ended = stats.completed + stats.failed + stats.cancelled + stats.unknown
                 assert stats.submitted == ended + stats.outstanding
@@ -1196,7 +1197,7 @@ def test_no_thread_starts_before_the_first_submit() -> None:
     batcher.on(JobCompleted, print)
     batcher.flush()
     batcher.stats()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     batcher.off(JobCompleted, print)
     batcher.submit(1).result(PATIENCE)
     names = {thread.name for thread in set(threading.enumerate()) - before}

@@ -83,4 +83,4 @@ def test_a_race_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     breaks, scenario = BROKEN[name]
     breaks(monkeypatch)
 
-    assert explore(SCENARIOS[scenario], preemptions=2, seconds=30.0, most=1)[1]
+    assert explore(SCENARIOS[scenario], preemptions=2, seconds=90.0, most=1)[1]

@@ -603,7 +603,12 @@ def test_P2_key_thieves_and_concurrent_writers_cross_nothing(
     outcomes: list[tuple[Any, Any]] = []
     thief = threading.Thread(target=steal)
     writers = [threading.Thread(target=write, args=(number, outcomes)) for number in (1, 2, 3)]
-    for thread in (thief, *writers):
+    thief.start()
+    give_up = time.monotonic() + 30
+    while not stolen:
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+    for thread in writers:
         thread.start()
     for thread in writers:
         thread.join(60)

@@ -230,9 +230,9 @@ def test_P3_a_job_that_meets_a_timeout_fails_alone(tables: str, control: psycopg
     name = sql.Identifier(control.info.dbname)
     with contextlib.ExitStack() as stack:
         if whose == "database":
-            control.execute(sql.SQL("ALTER DATABASE {} SET statement_timeout = 150").format(name))
+            control.execute(sql.SQL("ALTER DATABASE {} SET statement_timeout = 500").format(name))
             stack.callback(control.execute, sql.SQL("ALTER DATABASE {} RESET statement_timeout").format(name))
-        conninfo = make_conninfo(tables, options="-c statement_timeout=150" if whose == "session" else "")
+        conninfo = make_conninfo(tables, options="-c statement_timeout=500" if whose == "session" else "")
         with MicroBatcher(PostgresProcessor(conninfo, INSERT)) as batcher:
             *good, slow = batcher.submit_many([*jobs(*range(50)), job(50, label="slow")])
 

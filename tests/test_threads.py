@@ -60,8 +60,9 @@ class Held:
 
     def process(self, batch: Batch[Any]) -> list[Any]:
         self.batches.append(batch)
+        go = self.go  # before anybody is told: a test may put another one in its place then
         self.inside.release()
-        assert self.go.wait(BOUND)
+        assert go.wait(BOUND)
         return list(batch)
 
     def abandon(self, batch: Batch[Any]) -> None:
@@ -895,17 +896,15 @@ def test_p5_of_one_batch_each_job_has_its_own_deadline_and_abandon_waits_for_the
     with batcher_of(processor) as batcher:
         batcher.submit("first")
         processor.entered()
-        short = batcher.submit("short", delivery_timeout=0.4)
-        long = batcher.submit("long", delivery_timeout=1.0)
-        processor.go.set()
+        short = batcher.submit("short", delivery_timeout=1.0)
+        long = batcher.submit("long", delivery_timeout=2.0)
+        first, processor.go = processor.go, threading.Event()
+        first.set()
         processor.entered()
-        processor.go.clear()
-        # The second batch may have passed the gate already; a third one holds it for sure.
-        if not short.done():
-            assert isinstance(short.exception(BOUND), OutcomeUnknown)
-            assert not processor.abandoned
-            assert isinstance(long.exception(BOUND), OutcomeUnknown)
-            eventually(lambda: len(processor.abandoned) == 1)
+        assert isinstance(short.exception(BOUND), OutcomeUnknown)
+        assert not processor.abandoned
+        assert isinstance(long.exception(BOUND), OutcomeUnknown)
+        eventually(lambda: len(processor.abandoned) == 1)
 
 
 def test_p5_an_earlier_deadline_overtakes() -> None:
@@ -1273,12 +1272,12 @@ def test_p6_shutdown_without_waiting_keeps_its_timeout() -> None:
         processor.entered()
         queued = batcher.submit("queued")
         began = time.monotonic()
-        report = batcher.shutdown(wait=False, timeout=0.3)
-        assert time.monotonic() - began < 0.2
+        report = batcher.shutdown(wait=False, timeout=1.0)
+        assert time.monotonic() - began < 0.9
         assert not report.finished
         assert isinstance(queued.exception(BOUND), BatcherClosed)
         assert isinstance(held.exception(BOUND), OutcomeUnknown)
-        took(began, 0.3)
+        took(began, 1.0)
         final = batcher.shutdown()
         assert final.finished
         assert sorted(final.undelivered) == ["held", "queued"]

@@ -13,6 +13,7 @@ from flask import Flask
 from proxy import Harm, Message, Once, Proxy, behind_commit, is_commit
 from psycopg.conninfo import make_conninfo
 
+from microbatch import RetryPolicy
 from microbatch.service import ServiceError, create_app, store
 from microbatch.service.failures import LOST, NotCompleted
 from microbatch.service.ids import Ids
@@ -218,12 +219,19 @@ def test_a_role_needs_no_more_than_it_is_said_to(database: str) -> None:
 # A database that does not answer.
 
 
+class Early(RetryPolicy):
+    """No attempt is under way when the deadline comes."""
+
+    def delay(self, attempts: int, draw: Any = None) -> float:
+        return 0.05 if attempts < 5 else 60.0
+
+
 @pytest.fixture
 def proxied(shared_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, Flask]]:
     """An application whose way to the database can be cut."""
     monkeypatch.setattr(store, "_READ_SECONDS", 1.0)
     with Proxy(shared_database) as proxy:
-        app = create_app(proxy.conninfo, delivery_timeout=1.5)
+        app = create_app(proxy.conninfo, delivery_timeout=1.5, retry=Early())
         yield proxy, app
         proxy.refuses, proxy.plan = False, None
         app.extensions["microbatch.jobs"].shutdown()
