@@ -69,9 +69,9 @@ class StopSignals:
     @contextmanager
     def raising(self) -> Iterator[None]:
         """Inside, the first signal raises `Stopped` at once: for waits that nobody else ends."""
-        self.check()
-        self._may_raise = True
         try:
+            self._may_raise = True
+            self.check()
             yield
         finally:
             self._may_raise = False
@@ -79,10 +79,13 @@ class StopSignals:
     def until_stopped(self, items: Iterator[T]) -> Iterator[T]:
         """Hand out *items* until a signal comes, also while the next one is waited for (a silent pipe)."""
         try:
-            while not self.count:
+            while True:
                 # A read that blocks is resumed after the handler unless the handler raises (PEP 475). Nothing
                 # is lost by that: an item not handed out yet is one that was not read.
                 self._may_raise = True
+                # After that: a signal that came before it has raised nothing.
+                if self.count:
+                    return
                 item = next(items, None)
                 self._may_raise = False
                 if item is None:

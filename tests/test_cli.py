@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psycopg
@@ -218,6 +220,44 @@ def test_a_signal_ends_the_wait_for_an_item() -> None:
     with StopSignals(patience=1) as stop:
         assert list(stop.until_stopped(silent_pipe())) == [1]
         assert stop.number == signal.SIGTERM
+
+
+def test_no_signal_between_two_rows_is_lost() -> None:
+    """Wherever it comes, nothing is read after it: that might block."""
+    points = itertools.takewhile(ends_after_a_signal_at, itertools.count())
+    assert sum(1 for _ in points) > 5
+
+
+def ends_after_a_signal_at(point: int) -> bool:
+    """Whether there is such a point on the way from one row to the next."""
+    stop, left = StopSignals(patience=9), point
+
+    def read() -> Iterator[str]:
+        while not stop.count:
+            yield "row"
+        raise AssertionError("read after the signal")
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if event == "opcode":
+            left -= 1
+            if left == -1:
+                stop._handle(signal.SIGINT, frame)
+        return trace
+
+    rows = stop.until_stopped(read())
+    next(rows)
+    frame = rows.gi_frame  # type: ignore[attr-defined]
+    frame.f_trace, frame.f_trace_opcodes = trace, True
+    outer = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        list(itertools.islice(rows, 1))
+    finally:
+        sys.settrace(outer)
+    if stop.count:
+        assert list(rows) == []
+    return bool(stop.count)
 
 
 # The program.
@@ -567,7 +607,7 @@ def test_a_second_signal_gives_up_what_is_under_way(payments: str) -> None:
     before_insert(payments, "PERFORM pg_sleep(0.2)")
     with loading(payments, "--max-batch-size", "5") as process:
         feed(process, "user_id\n" + "".join(f"{n}\n" for n in range(1, 1001)))
-        wait_until(lambda: count(payments) >= 5)
+        wait_until(lambda: count(payments) >= 10)  # the first five are told by then
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         assert "waiting for" in process.stderr.readline()
@@ -605,6 +645,7 @@ def test_a_load_that_gets_nowhere_gives_up(payments: str) -> None:
 def test_a_signal_before_the_first_line_ends_at_once(payments: str) -> None:
     with loading(payments) as process:
         wait_until(lambda: catches(process.pid, signal.SIGINT))
+        time.sleep(0.2)  # Python's handler of a signal that comes just before a read waits for its end
         process.send_signal(signal.SIGINT)
         done = finish(process)
 
@@ -614,14 +655,19 @@ def test_a_signal_before_the_first_line_ends_at_once(payments: str) -> None:
 
 @pytest.mark.database
 @needs_proc
-def test_memory_does_not_grow_with_the_file(payments: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "p.csv", "user_id,status\n" + "".join(f"{n},{'x' * 40}\n" for n in range(1, 100_001)))
+def test_memory_does_not_grow_with_the_file(payments: str) -> None:
+    rows = [f"{n},{'x' * 40}\n" for n in range(1, 100_001)]
 
-    with loading(payments, file=file) as process:
-        wait_until(lambda: count(payments) >= 20_000)
+    with loading(payments) as process:
+        feed(process, "user_id,status\n" + "".join(rows[:20_000]))
+        wait_until(lambda: count(payments) == 20_000)
         early = peak_memory(process.pid)
-        wait_until(lambda: count(payments) >= 90_000 or process.poll() is not None)
+        feed(process, "".join(rows[20_000:]))
+        wait_until(lambda: count(payments) == 100_000)
         late = peak_memory(process.pid)
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
         done = finish(process)
 
     assert (done.returncode, counts(done)["committed"]) == (0, 100_000)
