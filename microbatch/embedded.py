@@ -200,9 +200,6 @@ class EmbeddedPostgres:
     def _ask(self, order: str) -> _Facts:
         """Send *order* to the guard and wait until the server is up."""
         self._send(order)
-        assert self._channel is not None
-        # The guard keeps the deadline itself, because it has the log to show; this one is for a stuck guard.
-        self._channel.settimeout(_START_SECONDS + _STOP_SECONDS)
         received = b""
         while not received.endswith(b"\n") or not received.splitlines()[-1].startswith(b"{"):
             chunk = self._receive()
@@ -223,6 +220,8 @@ class EmbeddedPostgres:
     def _receive(self) -> bytes:
         assert self._channel is not None
         try:
+            # The guard keeps the deadline itself, because it has the log to show; this one is for a stuck guard.
+            self._channel.settimeout(_START_SECONDS + _STOP_SECONDS)
             return self._channel.recv(65536)
         except TimeoutError:
             raise EmbeddedServerError("the server's guard does not answer") from None
@@ -394,9 +393,15 @@ class _StartFailed(Exception):
     """The message is for the owner."""
 
 
+def _leave(number: int, frame: object) -> None:
+    """End the guard by an exception, so that it cleans up, and let a second signal not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def _run_guard(owner_pid: int) -> None:
     """Serve one owner: start the server it describes, obey its orders, clean up when it leaves."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # As an exception, so that the cleaning up is done.
+    signal.signal(signal.SIGTERM, _leave)
     # An owner that ignores its children, or blocks signals, hands that down; initdb would fail on the first.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -187,7 +187,10 @@ def test_wrong_arguments_name_the_remedy() -> None:
 def test_the_password_is_needed_and_shown_nowhere_else(scratch: Path) -> None:
     with EmbeddedPostgres(**FAST) as server:
         password = psycopg.conninfo.conninfo_to_dict(server.dsn)["password"]
-        command_lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+        command_lines = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended
+                command_lines.append(path.read_bytes())
 
         with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
             psycopg.connect(server.dsn, password="guess")
@@ -198,15 +201,25 @@ def test_the_password_is_needed_and_shown_nowhere_else(scratch: Path) -> None:
 
 
 def test_a_fixed_port_is_used_or_refused(scratch: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
-        other.listen()
-        with pytest.raises(EmbeddedServerError, match="Address already in use"):
-            EmbeddedPostgres(port=port, **FAST).start()
+    for another_try in (True, True, False):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            port = other.getsockname()[1]
+            other.listen()
+            with pytest.raises(EmbeddedServerError, match="Address already in use"):
+                EmbeddedPostgres(port=port, **FAST).start()
 
-    with EmbeddedPostgres(port=port, **FAST) as server:
-        assert server.port == port
+        server = EmbeddedPostgres(port=port, **FAST)
+        try:
+            server.start()
+        except EmbeddedServerError as error:
+            # Somebody else has drawn it in the meantime.
+            if another_try and "Address already in use" in str(error):
+                continue
+            raise
+        with server:
+            assert server.port == port
+        break
 
 
 def test_a_drawn_port_that_is_taken_in_the_gap_is_drawn_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +313,9 @@ def test_two_servers_live_side_by_side(scratch: Path) -> None:
 def test_a_start_has_a_deadline(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binaries = slow_binaries(scratch)
     monkeypatch.setenv("MICROBATCH_PG_BIN", str(binaries))
-    monkeypatch.setattr(embedded, "_START_SECONDS", 0.3)
+    monkeypatch.setattr(embedded, "_START_SECONDS", 1.5)
 
-    with pytest.raises(EmbeddedServerError, match=r"not ready after 0\.3 s; its log ends with\nthinking"):
+    with pytest.raises(EmbeddedServerError, match=r"not ready after 1\.5 s; its log ends with\nthinking"):
         EmbeddedPostgres().start()
 
     assert list(scratch.iterdir()) == [binaries]
@@ -404,10 +417,15 @@ def test_a_killed_guard_is_survived(scratch: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the guard through /proc")
 def test_a_terminated_guard_cleans_up(scratch: Path) -> None:
     with EmbeddedPostgres(**FAST) as server:
-        port = server.port
-        os.kill(guard_pid(server.pid), signal.SIGTERM)
+        port, guard = server.port, guard_pid(server.pid)
 
-        assert eventually(lambda: not listens(port))
+        def is_down() -> bool:
+            # Again and again: a signal just before its wait wakes nobody, and another one disturbs nothing.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(guard, signal.SIGTERM)
+            return not listens(port)
+
+        assert eventually(is_down)
         assert eventually(lambda: is_empty(scratch))
 
 
