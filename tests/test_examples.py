@@ -41,8 +41,10 @@ def served(database: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     environment = {**os.environ, "DATABASE_URL": database}
     command = [sys.executable, "-m", "flask", "--app", "flask_app", "create-tables"]
     subprocess.run(command, cwd=ROOT / "examples", env=environment, check=True, timeout=PATIENCE)
-    with tempfile.TemporaryFile("w+") as log:
-        command = [*readme_command(), "--bind", "127.0.0.1:0", "flask_app:app"]
+    # To append: the reader's place is the writer's as well.
+    with tempfile.TemporaryFile("a+") as log:
+        settings = Path(__file__).parent / "scripts" / "gunicorn_settings.py"
+        command = [*readme_command(), "--config", str(settings), "--bind", "127.0.0.1:0", "flask_app:app"]
         process = subprocess.Popen(command, cwd=ROOT / "examples", env=environment, stderr=log, start_new_session=True)
         try:
             yield address_in(log, process), process

@@ -74,6 +74,8 @@ PLACES = {
         def main():
             batcher = MicroBatcher(Writer(0.1))
             submit_one(batcher, "first")
+            while not batcher._core.ready:  # Python 3.12 starts no thread once the end has begun
+                time.sleep(0.001)
             started.set()
             time.sleep(0.1)
             submit(batcher, range(19))
@@ -123,13 +125,20 @@ PLACES = {
         batcher.shutdown(wait=False)
     """,
     "a with that is interrupted": """
+        def interrupt():
+            while not batcher._core.closers:
+                time.sleep(0.001)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+        processor = Gated()
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
         try:
-            with MicroBatcher(Writer(0.3)) as batcher:
+            with MicroBatcher(processor) as batcher:
                 submit(batcher, range(20))
-                signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
-                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                threading.Thread(target=interrupt).start()
         finally:
             assert not batcher.shutdown(wait=False).finished
+            processor.gate.set()
     """,
 }
 
@@ -151,7 +160,7 @@ def test_P6_a_stuck_processor_delays_the_end_by_delivery_timeout_at_most(tmp_pat
         """
         batcher = MicroBatcher(Writer(stuck=True), delivery_timeout=0.7, max_batch_size=5)
         submit_together(batcher, range(20))
-        time.sleep(0.2)
+        time.sleep(0.6)  # the end's own bound is so much later than the jobs'
         """,
         tmp_path,
     )
@@ -264,7 +273,7 @@ def test_P6_with_nothing_to_do_the_end_is_immediate(tmp_path: Path, script: str)
 def test_P6_a_processor_that_works_on_after_its_deadline_does_not_disturb_the_end(tmp_path: Path) -> None:
     told = run(
         """
-        batcher = MicroBatcher(Writer(1.0), delivery_timeout=0.3)
+        batcher = MicroBatcher(Writer(2.0), delivery_timeout=0.8)
         submit_together(batcher, range(20))
         """,
         tmp_path,
@@ -276,20 +285,33 @@ def test_P6_a_processor_that_works_on_after_its_deadline_does_not_disturb_the_en
 
 def test_P6_a_second_interrupt_ends_an_end_that_takes_too_long(tmp_path: Path) -> None:
     script = """
+        from microbatch import life
+
+        def noted(name):
+            wait = getattr(life, name)
+
+            def noting(*arguments):
+                note(name)
+                return wait(*arguments)
+
+            setattr(life, name, noting)
+
+        noted("wait_for_all")
+        noted("wait_for_finish")
         batcher = MicroBatcher(Writer(stuck=True), delivery_timeout=600)
         submit(batcher, range(20))
-        note("ready")
         atexit.register(note, "late")
     """
     with Program(script, tmp_path) as program:
         program.wait_for("stuck")
-        program.wait_for("ready")
+        program.wait_for("wait_for_all")
         program.send(signal.SIGINT)
-        program.wait_for("late")
+        program.wait_for("wait_for_finish")
         program.send(signal.SIGINT)
         told = program.end(30)
 
     assert told.said("processed") == []
+    assert told.said("late") == [""]
 
 
 def test_P6_a_handler_that_exits_does_not_cut_an_end_short(tmp_path: Path) -> None:
@@ -312,7 +334,7 @@ def test_P6_a_handler_that_exits_does_not_cut_an_end_short(tmp_path: Path) -> No
 
         interrupt("wait_for_all")
         interrupt("wait_for_finish")
-        batcher = MicroBatcher(Writer(0.05), max_batch_size=3)
+        batcher = MicroBatcher(Writer(0.1), max_batch_size=3)
         submit(batcher, range(20))
         atexit.register(lambda: submit(batcher, range(20, 40)))
         atexit.register(note, "flushed")
@@ -371,6 +393,8 @@ def test_P6_a_thread_blocked_in_submit_at_the_end_gets_its_place(tmp_path: Path)
         """
         batcher = MicroBatcher(Writer(0.1), max_outstanding=5)
         submit_one(batcher, "first")
+        while not batcher._core.ready:  # Python 3.12 starts no thread once the end has begun
+            time.sleep(0.001)
         threading.Thread(target=submit, args=(batcher, range(19))).start()
         """,
         tmp_path,
@@ -419,7 +443,7 @@ def test_P6_the_first_submit_of_a_process_in_an_atexit_callback(tmp_path: Path) 
                 submit(batcher, range(20))
             except RuntimeError as error:
                 note("refused", error)
-            assert batcher.stats().outstanding == len(lines("accepted")), batcher.stats()
+            assert batcher.stats().submitted == len(lines("accepted")), batcher.stats()
 
         def lines(word):
             return [line for line in open(os.environ["LEDGER"]) if line.startswith(word)]
@@ -469,7 +493,8 @@ def test_P6_a_processor_with_an_executor_of_its_own_drains(tmp_path: Path) -> No
 
         executor = ThreadPoolExecutor(4)
         # Its threads start now: at the end newer Pythons start none.
-        list(executor.map(time.sleep, [0.1] * 4))
+        barrier = threading.Barrier(4)
+        list(executor.map(lambda _: barrier.wait(), range(4)))
 
         class Spreads(Writer):
             def process(self, batch):
@@ -513,7 +538,7 @@ def test_P6_one_line_in_the_log_tells_of_a_drained_end(tmp_path: Path) -> None:
     told = run(
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        batcher = MicroBatcher(Writer(0.2), name="payments")
+        batcher = MicroBatcher(Writer(), linger=15, max_batch_size=50, name="payments")
         submit(batcher, range(20))
         """,
         tmp_path,
@@ -539,7 +564,7 @@ def test_P6_a_forgotten_batcher_drains_and_its_threads_end(tmp_path: Path) -> No
         while threading.active_count() > 1 and time.monotonic() < until:
             time.sleep(0.01)
         note("threads", threading.active_count())
-        note("closed before the end", len([line for line in open(os.environ["LEDGER"]) if line.startswith("closed")]))
+        note("early", len([line for line in open(os.environ["LEDGER"]) if line.startswith("closed")]))
         """,
         tmp_path,
     )
@@ -547,7 +572,7 @@ def test_P6_a_forgotten_batcher_drains_and_its_threads_end(tmp_path: Path) -> No
     told.assert_quiet()
     told.assert_drained(20)
     assert told.said("threads") == ["1"]
-    assert told.said("closed before the end") == [] or "1" in " ".join(told.lines[-1])
+    assert told.said("early") == ["1"]
 
 
 def test_P6_a_forgotten_idle_batcher_is_collected(tmp_path: Path) -> None:
@@ -700,8 +725,9 @@ batcher.execute("first")
 got, futures, interrupts = [], {{}}, 0
 storm()
 until = time.monotonic() + 0.5
+give_up = until + 20
 job = 0
-while time.monotonic() < until:
+while time.monotonic() < until or interrupts <= 100 and time.monotonic() < give_up:
     job += 1
     try:
         armed = True
@@ -780,8 +806,9 @@ batcher = MicroBatcher(Writer(0.001), max_batch_size=10)
 interrupts = 0
 storm(0.0005)
 until = time.monotonic() + 0.5
+give_up = until + 20
 job = 0
-while time.monotonic() < until:
+while time.monotonic() < until or interrupts <= 100 and time.monotonic() < give_up:
     job += 1
     future = batcher.submit(job)
     while not future.done():
@@ -857,12 +884,12 @@ def test_P8_no_wake_ups_while_nothing_is_outstanding(tmp_path: Path) -> None:
         batchers = [
             MicroBatcher(Writer(), delivery_timeout=0.5),
             MicroBatcher(Writer(), delivery_timeout=0.5, linger=0.05, max_concurrent_batches=3),
-            MicroBatcher(Writer(failures=2), delivery_timeout=0.5),
+            MicroBatcher(Writer(failures=2), delivery_timeout=1.0),
         ]
         for batcher in batchers:
             for future in [batcher.submit(job) for job in range(50)]:
                 future.result(30)
-        time.sleep(0.7)
+        time.sleep(1.7)  # until the supervisors have seen that no deadline is left
         before = switches()
         time.sleep(2)
         note("wake-ups", switches() - before)

@@ -608,10 +608,10 @@ PLACES = {
         class Forks(Stuck):
             def abandon(self, batch):
                 fork()
-        batcher = MicroBatcher(Forks(), delivery_timeout=0.5)
+        batcher = MicroBatcher(Forks(), delivery_timeout=1.0)
     """,
     "callback on a thread of its own": """
-        batcher = MicroBatcher(Stuck(), delivery_timeout=0.5)
+        batcher = MicroBatcher(Stuck(), delivery_timeout=1.0)
         on_first = lambda future: fork()
     """,
 }
@@ -829,6 +829,8 @@ batcher = MicroBatcher(Gated(), queue=queue.PriorityQueue(), max_batch_size=1)
 batcher.on(JobCompleted, lambda event: note("event", event.job))
 
 def work():
+    global gate
+    gate = threading.Event()  # the parent's worker may have been inside that one
     futures = [batcher.submit("first")]
     while batcher.stats().queued:
         time.sleep(0.01)

@@ -187,10 +187,13 @@ def test_a_pool_opened_before_the_fork_is_refused_in_the_child(database: str) ->
             except RuntimeError as error:
                 return str(error)
 
-        with psycopg_pool.ConnectionPool(database, min_size=1, open=True) as pool:
-            processor = make(pool)
-            told["child"] = in_child(attempt)
-            told["parent"] = attempt()
+        # Not in a `with`, which the child would leave, too, and close the connection of its parent.
+        pool = psycopg_pool.ConnectionPool(database, min_size=1, open=True)
+        pool.wait()
+        processor = make(pool)
+        told["child"] = in_child(attempt)
+        told["parent"] = attempt()
+        pool.close()
         """,
     )
 

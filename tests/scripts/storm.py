@@ -115,6 +115,9 @@ class Client:
         assert not cf.wait(self.futures, 20).not_done
         assert len(list(cf.as_completed(self.futures, 20))) == len(self.futures)
         assert batcher.flush(20)
+
+    def check_callbacks(self) -> None:
+        """After the shutdown: callbacks come after the outcome."""
         for future, called in self.callbacks:
             assert called == [future], "each callback once"
 
@@ -171,11 +174,14 @@ def by_asynchronous_exceptions() -> list[Client]:
     return clients
 
 
-for client in by_signals() if kind == "signals" else by_asynchronous_exceptions():
+clients = by_signals() if kind == "signals" else by_asynchronous_exceptions()
+for client in clients:
     client.check()
 stats = batcher.stats()
 assert stats.unknown == stats.outstanding == 0, stats
 assert batcher.execute(1) == 1, "the worker is alive"
 assert batcher.shutdown(timeout=20).finished
+for client in clients:
+    client.check_callbacks()
 note("interrupts", suffered)
 note("over", "ok")
