@@ -201,7 +201,8 @@ def submit_many(page: Page) -> None:
 
 def charts_move(page: Page, idle: dict[str, int]) -> None:
     for name in CHARTS:
-        page.wait_for(f"{height(name)} > {idle[name] + 2}")
+        # Where there was no line before, one that does not rise is one all the same.
+        page.wait_for(f"{height(name)} > {idle[name] and idle[name] + 2}")
     page.wait_for("document.querySelector('#tile-p99').innerText.match(/[0-9.]+ (ms|s)/)")
 
 
