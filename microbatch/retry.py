@@ -6,6 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Not the generator of the `random` module: a worker that drew from it would change what a program that has seeded it
+# goes on to see.
+_draw = random.SystemRandom().random
+
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 
 
@@ -57,7 +61,7 @@ class RetryPolicy:
             return isinstance(error, self.retry_on)  # type: ignore[arg-type]
         return bool(self.retry_on(error))  # type: ignore[operator]
 
-    def delay(self, attempts: int, draw: Callable[[], float] = random.random) -> float:
+    def delay(self, attempts: int, draw: Callable[[], float] = _draw) -> float:
         """Seconds to wait after *attempts* failures."""
         # Past 2**60 the cap decides anyway, and a float would overflow.
         ceiling: float = min(self.backoff_max, self.backoff * 2 ** min(attempts - 1, 60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -44,6 +45,12 @@ def test_the_jitter_is_full_and_random() -> None:
     delays = {RetryPolicy(backoff=1.0).delay(1) for _ in range(50)}
     assert len(delays) == 50
     assert min(delays) < 0.5 < max(delays)
+
+
+def test_the_jitter_leaves_the_random_numbers_of_the_program_alone() -> None:
+    before = random.getstate()
+    assert RetryPolicy().delay(1) > 0
+    assert random.getstate() == before
 
 
 def test_retry_on_takes_a_type_several_types_or_a_predicate() -> None:
