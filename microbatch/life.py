@@ -77,8 +77,8 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
         if core.finished:
             return True
         core.closers.append(token)
-    if finish_without_threads(core):
-        return core.finished
+    finish_without_threads(core)
+    # Another thread may be doing so, and still in a listener.
     while not core.finished and (left := give_up - time.monotonic()) > 0:
         if core.short:
             # Nobody else may be left to see to it.
@@ -90,11 +90,19 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
         return core.finished
 
 
-def finish_without_threads(core: Core) -> bool:
+def finish_without_threads(core: Core) -> None:
     """Complete the shutdown on this thread if the batcher never had one of its own."""
     if core.supervisor is not None:
-        return False
-    return finish(core, lambda: core.supervisor is None and not _needs_threads(core))
+        return
+    ident = threading.get_ident()
+    borrowed = ident in core.own
+    try:
+        # For that time: a listener of the last event that closes again must not wait for itself.
+        core.own.add(ident)
+        finish(core, lambda: core.supervisor is None and not _needs_threads(core))
+    finally:
+        if not borrowed:
+            core.own.discard(ident)
 
 
 def _needs_threads(core: Core) -> bool:

@@ -1504,6 +1504,31 @@ def test_p6_shutdown_at_the_same_time_as_the_first_submit() -> None:
         assert len(processed) == len(accepted)
 
 
+@pytest.mark.parametrize("timeout", [None, 0.2])
+def test_p6_a_second_shutdown_waits_for_the_last_event_of_the_first(timeout: float | None) -> None:
+    """Of a batcher without threads, where the first one tells it."""
+    inside, go = threading.Event(), threading.Event()
+    reports: list[Any] = []
+    batcher = MicroBatcher[Any, Any](echo)
+
+    def hold(_: BatcherShutDown) -> None:
+        reports.append(batcher.shutdown())  # waits for itself if it waits
+        inside.set()
+        assert go.wait(BOUND)
+
+    batcher.on(BatcherShutDown, hold)
+    with threads(lambda: reports.append(batcher.shutdown())):
+        assert inside.wait(BOUND)
+        began = time.monotonic()
+        if timeout is None:
+            threading.Timer(0.2, go.set).start()
+        second = batcher.shutdown(timeout=timeout)
+        took(began, 0.2)
+        assert second.finished == (timeout is None)
+        go.set()
+    assert [report.finished for report in reports] == [False, True]
+
+
 # Undecided batches.
 
 
