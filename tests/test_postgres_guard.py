@@ -278,6 +278,9 @@ def test_P4_P5_a_server_that_restarts_while_jobs_flow(own_server: EmbeddedPostgr
         time.sleep(0.3)
         own_server.restart(mode)
         time.sleep(0.3)
+        give_up = time.monotonic() + 20
+        while len(futures) <= 100 and time.monotonic() < give_up:
+            time.sleep(0.01)
         done.set()
         thread.join()
         verdict = judged(own_server.dsn, futures, 21)

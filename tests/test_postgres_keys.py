@@ -271,6 +271,9 @@ def test_P4_P5_a_server_that_restarts_while_jobs_flow(binaries: None, mode: str)
                 time.sleep(0.3)
                 server.restart(mode)
             time.sleep(0.3)
+            give_up = time.monotonic() + 20
+            while len(futures) <= 100 and time.monotonic() < give_up:
+                time.sleep(0.01)
             over.set()
             thread.join()
             verdict = judged(server.dsn, futures, 21)
