@@ -669,6 +669,50 @@ BREAKS = (
         ("test_shutdown.py::test_P1_what_a_shutdown_cancels_is_told_though_no_thread_has_begun_yet",),
     ),
     Break(
+        "a second shutdown leaves the last event to the first one",
+        "P6",
+        "life.py",
+        (
+            (
+                "    finish_without_threads(core)\n    # Another thread",
+                "    finish_without_threads(core)\n    if core.finishing:\n        return core.finished\n"
+                "    # Another thread",
+            ),
+        ),
+        ("test_threads.py::test_p6_a_second_shutdown_waits_for_the_last_event_of_the_first",),
+    ),
+    Break(
+        "metrics say that they are awake after they were woken",
+        "P7",
+        "instrumentation/prometheus.py",
+        (
+            ("            self._asleep = False\n            if self._threads:", "            if self._threads:"),
+            (
+                "        except RuntimeError:\n            self._asleep = True  # no more",
+                "            self._asleep = False\n"
+                "        except RuntimeError:\n            self._asleep = True  # no more",
+            ),
+        ),
+        ("test_prometheus.py::test_a_thread_that_falls_asleep_while_it_is_being_woken_is_woken_again",),
+    ),
+    Break(
+        "a signal that comes just before a read is forgotten",
+        "P6",
+        "_terminal.py",
+        (
+            (
+                "                # After that: a signal that came before it has raised nothing.\n"
+                "                if self.count:\n                    return\n                item",
+                "                item",
+            ),
+            (
+                "            while True:\n                # A read that blocks",
+                "            while not self.count:\n                # A read that blocks",
+            ),
+        ),
+        ("test_cli.py::test_no_signal_between_two_rows_is_lost",),
+    ),
+    Break(
         "the queue of whoever has taken the name",
         "P1",
         "interpreter.py",
