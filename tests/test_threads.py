@@ -1664,7 +1664,7 @@ def test_p4_a_failing_open_leaves_an_undecided_batch_undecided() -> None:
 
     class Later(RetryPolicy):
         def delay(self, attempt: int) -> float:
-            return 0.5 if attempt == 1 else 0.01
+            return 1.5 if attempt == 1 else 0.01
 
     with batcher_of(Processor(), retry=Later(), max_concurrent_batches=2, delivery_timeout=BOUND) as batcher:
         mine = batcher.submit("mine")
@@ -1689,12 +1689,11 @@ def test_p5_retries_do_not_hold_up_neighbours() -> None:
         return list(batch)
 
     retry = Steady(retry_on=ConnectionError, backoff=30, backoff_max=30)
-    with batcher_of(process, retry=retry, delivery_timeout=1.0) as batcher:
+    with batcher_of(process, retry=retry, delivery_timeout=3.0) as batcher:
         bad = batcher.submit("bad")
-        began = time.monotonic()
         for n in range(20):
             assert batcher.submit(n).result(BOUND) == n
-        assert time.monotonic() - began < LATE
+        assert not bad.done()
         assert isinstance(bad.exception(BOUND), DeliveryTimeout)
 
 
