@@ -184,6 +184,8 @@ class Jobs:
             Submission(self._ids.new().text, self._columns, row, keys[number] if keys else None, fingerprint)
             for number, row in enumerate(rows)
         ]
+        if not self._is_open:
+            raise _shut_down()
         if self._is_database_away():
             raise _database_away()
         if not known.enter(client, len(rows), self._most):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import psycopg
 import pytest
@@ -175,3 +176,19 @@ def test_what_is_not_there_is_a_problem_too(client: FlaskClient) -> None:
 def test_the_document_is_json(client: FlaskClient) -> None:
     document = json.loads(client.get("/openapi.json").text)
     assert set(document["paths"]) >= {"/submit-job", "/job-status/{jobId}", "/shutdown", "/healthz", "/readyz"}
+
+
+def test_from_the_first_moment_of_a_shutdown_no_job_is_taken(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app()
+    jobs = app.extensions["microbatch.jobs"]
+    shutdown, answers = jobs.batcher.shutdown, []
+
+    def late(**options: Any) -> Any:
+        answers.append(app.test_client().post("/submit-job", json=JOB))
+        return shutdown(**options)
+
+    monkeypatch.setattr(jobs.batcher, "shutdown", late)
+    assert jobs.shutdown().finished
+    assert_problem(answers[0], 503, "shut-down")
