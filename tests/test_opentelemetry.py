@@ -210,7 +210,7 @@ def test_an_interrupted_worker_leaves_no_span_open_nor_current(
     current: list[int] = []
 
     def results(judge: Judge, *arguments: Any) -> Any:
-        if interrupts:
+        if interrupts and threading.current_thread().name.startswith("interrupted-"):
             raise interrupts.pop()
         return plain(judge, *arguments)
 
@@ -218,7 +218,7 @@ def test_an_interrupted_worker_leaves_no_span_open_nor_current(
         current.append(trace.get_current_span().get_span_context().span_id)
 
     monkeypatch.setattr(Judge, "results", results)
-    with MicroBatcher[int, None](process) as batcher:
+    with MicroBatcher[int, None](process, name="interrupted") as batcher:
         watched.instrument(batcher)
         assert isinstance(batcher.submit(1).exception(PATIENCE), WorkerDied)
         assert batcher.submit(2).exception(PATIENCE) is None
