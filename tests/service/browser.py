@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,13 +54,15 @@ class Browser:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         self._log = (directory / "chromium.log").open("w+")
+        # Killed, Chromium leaves its temporary files; and the path of a socket among them has to be short.
+        self._temporary = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-c", _ON_3_AND_4, str(theirs_in), str(theirs_out)),
                 *(program, *_FLAGS, f"--user-data-dir={directory / 'profile'}"),
             ],
             pass_fds=(theirs_in, theirs_out),
-            env={**os.environ, "TZ": "UTC"},
+            env={**os.environ, "TZ": "UTC", "TMPDIR": self._temporary.name},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -81,6 +84,7 @@ class Browser:
         os.close(self._in)
         os.close(self._out)
         self._log.close()
+        self._temporary.cleanup()
 
     @contextlib.contextmanager
     def page(self, url: str, width: int = 1360, height: int = 900, dark: bool = False) -> Iterator[Page]:
