@@ -489,7 +489,7 @@ def test_P1_no_loop_can_be_left_without_releasing_its_lock(module: str) -> None:
     assert not found, "put the loop into a function of its own"
 
 
-@pytest.mark.skipif(sys.version_info[:2] not in ((3, 12), (3, 13)), reason="these have the defect")
+@pytest.mark.skipif(sys.version_info[:2] not in ((3, 12), (3, 13)), reason="only Python 3.12 and 3.13 have the defect")
 def test_such_a_loop_would_be_found() -> None:
     source = """
         def f(lock, things):
