@@ -783,6 +783,26 @@ BREAKS = (
         (("while next(iter(self.seconds)) <= at - HISTORY:", "while False:"),),
         ("service/test_feed.py::test_P5_the_feed_is_bounded",),
     ),
+    Break(
+        "a server's timeout may be any number",
+        "P5",
+        "processors/postgres/session.py",
+        (("return min(_LONGEST, max(1, left))", "return max(1, left)"),),
+        ("test_postgres_links.py::test_P5_a_deadline_beyond_what_a_server_can_count_is_kept",),
+    ),
+    Break(
+        "what is known of a lent connection is kept in a table",
+        "P5",
+        "processors/postgres/borrowed.py",
+        (
+            ("_Known: TypeAlias =", "_KEPT: dict[object, Any] = {}\n_Known: TypeAlias ="),
+            (
+                "known[self] = (session.facts, session.memory)",
+                "known[self] = _KEPT[connection] = (session.facts, session.memory)",
+            ),
+        ),
+        ("test_postgres_links.py::test_P5_a_connection_that_was_lent_is_not_kept_in_memory",),
+    ),
 )
 
 

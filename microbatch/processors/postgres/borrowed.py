@@ -30,7 +30,6 @@ class BorrowedConnections:
         self._source = source
         self._kind = kind
         self._lent: dict[int, int] = {}  # id() of a connection, to the thread that has it
-        self._known: WeakKeyDictionary[psycopg.Connection[Any], tuple[Facts, dict[object, Any]]] = WeakKeyDictionary()
 
     def __str__(self) -> str:
         return f"connections of {self._kind}"
@@ -75,13 +74,15 @@ class BorrowedConnections:
             raise verdict
 
     def _session(self, connection: psycopg.Connection[Any], give_up: float | None) -> Session:
-        known = self._known.get(connection)
-        if known is not None:
-            return Session(connection, known[0], memory=known[1], give_up=give_up)
+        # On the connection, for what is known refers to it: a table of ours would keep both for ever. By lender,
+        # weakly, for a pool's connections outlive processors.
+        known: _Known = connection.__dict__.setdefault("_microbatch_known", WeakKeyDictionary())
+        if self in known:
+            facts, memory = known[self]
+            return Session(connection, facts, memory=memory, give_up=give_up)
         session = Session(connection, give_up=give_up)
         if session.status == TransactionStatus.IDLE:  # inside a transaction not everything is told
-            # Not the session itself: it would keep the connection alive.
-            self._known[connection] = (session.facts, session.memory)
+            known[self] = (session.facts, session.memory)
         return session
 
     @contextmanager
@@ -111,6 +112,9 @@ class BorrowedConnections:
 
     def abandon(self, batch: Batch[Any]) -> None:
         """Nothing to do: a connection that is not ours is not ours to cut."""
+
+
+_Known: TypeAlias = WeakKeyDictionary[BorrowedConnections, tuple[Facts, dict[object, Any]]]
 
 
 class PooledConnections(BorrowedConnections):

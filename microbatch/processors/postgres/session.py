@@ -17,6 +17,8 @@ LEDGER = "microbatch_ledger"
 _LEAST, _MARGIN = 0.05, 0.25  # seconds
 # Of the time until then: for a flight, for one that commits, for a statement.
 _SHARE, _COMMIT_SHARE, _STATEMENT_SHARE = 0.75, 0.5, 0.6
+# Milliseconds. A server's timeouts are integers of 32 bits, and one of them is a little longer than the others.
+_LONGEST = 2**31 - 1 - 60_000
 
 # The life of a history of transactions: a crash changes the third part, a failover the second.
 MARKER = """
@@ -140,7 +142,8 @@ class Session:
         """For a statement, at least one; None without a limit. The server gives up before the flight does."""
         if self.give_up is None:
             return None
-        return max(1, int((self.give_up - time.monotonic()) * 1000 * _STATEMENT_SHARE))
+        left = int((self.give_up - time.monotonic()) * 1000 * _STATEMENT_SHARE)
+        return min(_LONGEST, max(1, left))
 
 
 def before(deadline: float | None) -> float | None:
