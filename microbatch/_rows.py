@@ -3,22 +3,27 @@
 Python's `csv` cannot tell `""` from an empty field, which are the empty string and NULL. So the splitting is
 done here: a line without a quote is split at its commas, any other goes through one regular expression.
 
-Memory is bounded by `MAX_RECORD`: a quote that nobody closes must not read the rest of the file into it.
+A record that is badly quoted or too long is read to its end all the same, and refused as a whole: what stands inside a
+quoted field is never a row. Memory is bounded by `MAX_RECORD`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, Protocol, TextIO
 
 MAX_RECORD = 1 << 20  # characters
 
 Value = str | None
 
+_TOO_LONG = "longer than {} characters"
+_NOT_CLOSED = "a quoted field that is not closed before the input ends"
+_TOO_DEEP = "JSON that is nested too deep (recursion)"
 _STRAY_QUOTE = "a quote inside a field: the whole field goes in quotes, and a quote in it is written twice"
+_TOKEN = re.compile('[",]|[^",]+')
 _FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",]*))(,|\Z)')
 
 
@@ -55,43 +60,52 @@ class RowSource(Protocol):
 
 
 class Lines:
-    """Numbered lines of *stream*, some of which may be put back; of an overlong one only the beginning."""
+    """Numbered lines of *stream*; of an overlong one its beginning, and then `rest`.
 
-    def __init__(self, stream: TextIO) -> None:
+    *check_end* is called where the stream ends, before a line that breaks off there is handed out.
+    """
+
+    def __init__(self, stream: TextIO, check_end: Callable[[], None] = lambda: None) -> None:
+        self.number = 0  # of the latest line
         self._stream = stream
-        self._number = 0
-        self._returned: deque[tuple[int, str]] = deque()
+        self._check_end = check_end
+        self._returned: tuple[int, str] | None = None
+        self._is_partial = False
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
 
     def __next__(self) -> tuple[int, str]:
-        if self._returned:
-            return self._returned.popleft()
-        line = self._stream.readline(MAX_RECORD + 1)
-        if not line:
+        if self._returned is not None:
+            line, self._returned = self._returned, None
+            return line
+        for _ in self.rest():
+            pass
+        piece = self._read()
+        if not piece:
             raise StopIteration
-        self._number += 1
-        if len(line) > MAX_RECORD and not line.endswith("\n"):
-            self._skip_line()
-        return self._number, line
+        self.number += 1
+        return self.number, piece
 
-    def put_back(self, lines: Collection[tuple[int, str]]) -> None:
-        self._returned.extendleft(reversed(list(lines)))
+    def rest(self) -> Iterator[str]:
+        """What is left of the latest line, in pieces; those that are not taken are skipped by the next line."""
+        while self._is_partial:
+            yield self._read()
 
     def peek(self) -> tuple[int, str] | None:
         """The first line that is not blank, which stays there; blank ones before it are gone."""
         for number, line in self:
             if line.strip():
-                self.put_back([(number, line)])
-                return number, line
+                self._returned = number, line
+                return self._returned
         return None
 
-    def _skip_line(self) -> None:
-        while True:
-            rest = self._stream.readline(MAX_RECORD)
-            if not rest or rest.endswith("\n"):
-                return
+    def _read(self) -> str:
+        piece = self._stream.readline(MAX_RECORD + 1)
+        self._is_partial = is_overlong(piece)
+        if not self._is_partial and not piece.endswith("\n"):
+            self._check_end()
+        return piece
 
 
 def looks_like_json(lines: Lines) -> bool:
@@ -133,7 +147,7 @@ class CsvRows:
         return tuple(value or "" for value in row.values)
 
     def _record(self, number: int, line: str) -> Row | BadRow:
-        if '"' in line and len(line) <= MAX_RECORD:
+        if '"' in line or is_overlong(line):
             return self._quoted_record(number, line)
         if trouble := unreadable(line):
             return BadRow(number, number, stripped(line), trouble)
@@ -142,34 +156,42 @@ class CsvRows:
         return Row(number, number, tuple([None if value == null else value for value in values]))
 
     def _quoted_record(self, number: int, line: str) -> Row | BadRow:
-        more = self._lines_to_the_closing_quote(line)
-        if more is None:
-            return BadRow(number, number, stripped(line), "a quoted field that is not closed")
-        text = stripped("".join([line, *(following for _, following in more)]))
+        if not is_overlong(line) and (values := self._split(stripped(line))) is not None:
+            return self._readable(Row(number, number, values), stripped(line))
+        kept, size = [], 0
+        try:
+            for piece in self._pieces(line):
+                size += len(piece)
+                if size <= MAX_RECORD + 1:
+                    kept.append(piece)
+        except EOFError:
+            return BadRow(number, self._lines.number, stripped(line), _NOT_CLOSED)
+        last, text = self._lines.number, stripped("".join(kept))
+        if size > MAX_RECORD + 1:
+            return BadRow(number, last, text, _TOO_LONG.format(MAX_RECORD))
         values = self._split(text)
         if values is None:
-            # The quote was a stray one: its own line is at fault, not all those up to the next quote.
-            self._lines.put_back(more)
-            return BadRow(number, number, stripped(line), _STRAY_QUOTE)
-        last = more[-1][0] if more else number
-        if trouble := unreadable(text):
-            return BadRow(number, last, text, trouble)
-        return Row(number, last, values)
+            return BadRow(number, last, text, _STRAY_QUOTE)
+        return self._readable(Row(number, last, values), text)
 
-    def _lines_to_the_closing_quote(self, line: str) -> list[tuple[int, str]] | None:
-        """The lines that complete the record that *line* begins; None, and all put back, when none do."""
-        more: list[tuple[int, str]] = []
-        quotes, size = line.count('"'), len(line)
-        while quotes % 2:
+    def _pieces(self, line: str) -> Iterator[str]:
+        """The record that *line* begins, to its very end. Raises `EOFError` where it has none."""
+        quoting = _Quoting()
+        while True:
+            for piece in itertools.chain([line], self._lines.rest()):
+                quoting.follow(piece)
+                yield piece
+            if not quoting.is_open:
+                return
             following = next(self._lines, None)
-            if following is not None:
-                more.append(following)
-                quotes += following[1].count('"')
-                size += len(following[1])
-            if following is None or size > MAX_RECORD:
-                self._lines.put_back(more)
-                return None
-        return more
+            if following is None:
+                raise EOFError
+            line = following[1]
+
+    @staticmethod
+    def _readable(row: Row, text: str) -> Row | BadRow:
+        trouble = unreadable(text)
+        return BadRow(row.first_line, row.last_line, text, trouble) if trouble else row
 
     def _split(self, text: str) -> tuple[Value, ...] | None:
         values: list[Value] = []
@@ -191,6 +213,32 @@ class CsvRows:
         text = stripped(line) if one_line else json.dumps(row.values, ensure_ascii=False)
         reason = f"{plural(len(row.values), 'field')} where the header has {len(self.columns)}"
         return BadRow(row.first_line, row.last_line, text, reason)
+
+
+class _Quoting:
+    """Follows a record piece by piece: whether a line break here stands inside a quoted field.
+
+    Only a field that begins with a quote is quoted. What COPY makes of a quote behind the closing one holds for a
+    badly quoted field, too: it opens the field again.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._at_start = self._may_open = True
+
+    def follow(self, piece: str) -> None:
+        if self.is_open and '"' not in piece:
+            return
+        for token in _TOKEN.findall(piece):
+            if token == '"':
+                self.is_open = self._may_open and not self.is_open
+                self._at_start = False
+            elif self.is_open:
+                continue
+            elif token == ",":
+                self._at_start = self._may_open = True
+            elif self._at_start:
+                self._at_start = self._may_open = False
 
 
 class JsonNumber(str):
@@ -220,10 +268,13 @@ class JsonRows:
                 record = parse_object(line)
                 if record.keys() != keys:
                     raise ValueError(self._key_difference(record))
-            except (ValueError, RecursionError) as error:
+                values = tuple([encode(record[name]) for name, encode in encoders])
+            except ValueError as error:
                 yield BadRow(number, number, stripped(line), str(error))
+            except RecursionError:
+                yield BadRow(number, number, stripped(line), _TOO_DEEP)
             else:
-                yield Row(number, number, tuple([encode(record[name]) for name, encode in encoders]))
+                yield Row(number, number, values)
 
     def _keys_of_first(self) -> tuple[str, ...]:
         first = self._lines.peek()
@@ -292,10 +343,15 @@ _DECODER = json.JSONDecoder(
 )
 
 
+def is_overlong(line: str) -> bool:
+    """Whether *line* is only the beginning of one."""
+    return len(line) > MAX_RECORD and not line.endswith("\n")
+
+
 def unreadable(line: str) -> str | None:
     """Why *line* cannot be text for PostgreSQL, if so; the stream was decoded with `surrogateescape`."""
-    if len(line) > MAX_RECORD and not line.endswith("\n"):
-        return f"longer than {MAX_RECORD} characters"
+    if is_overlong(line):
+        return _TOO_LONG.format(MAX_RECORD)
     if "\0" in line:
         return "a NUL character, which PostgreSQL's text cannot hold"
     if line.isascii():

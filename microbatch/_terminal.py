@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -106,11 +108,33 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
+def say(text: str) -> None:
+    """One line on standard error, if it still leads anywhere: nothing depends on its being read."""
+    if sys.stderr is not None:
+        _written(sys.stderr, text)
+
+
+def answer(text: str) -> OSError | None:
+    """Write *text* to standard output, and return what went wrong: its reader may be gone, or its disk full."""
+    return None if sys.stdout is None else _written(sys.stdout, text)
+
+
+def _written(stream: TextIO, text: str) -> OSError | None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # What is left in its buffer would fail once more, at the interpreter's exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
 class StatusLine:
     """One line that is written over and over; nothing at all where *stream* is no terminal."""
 
-    def __init__(self, stream: TextIO, interval: float = 0.1) -> None:
-        self.live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    def __init__(self, stream: TextIO | None, interval: float = 0.1) -> None:
+        self.live = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         self._stream = stream
         self._interval = interval
         self._next = 0.0
@@ -137,9 +161,13 @@ class StatusLine:
             self._shown = False
 
     def _write(self, text: str) -> None:
-        # Erased to its end (ESC [K): the terminal may have echoed ^C behind the text.
-        self._stream.write(f"\r{text}\033[K")
-        self._stream.flush()
+        assert self._stream is not None
+        try:
+            # Erased to its end (ESC [K): the terminal may have echoed ^C behind the text.
+            self._stream.write(f"\r{text}\033[K")
+            self._stream.flush()
+        except OSError:  # the terminal is gone
+            self.live = False
 
 
 def bar(fraction: float, width: int = 20) -> str:

@@ -22,15 +22,18 @@ CSV has a header line that names the columns. Quoting is that of PostgreSQL's
 COPY: an unquoted empty field is NULL, "" is the empty string, and a quote inside
 a quoted field is doubled; a field is quoted as a whole or not at all. JSON lines
 hold one object each, all with the same keys: null is NULL, objects and arrays
-become JSON text. Rows that do not fit are refused, and the load goes on. A row
-that the server does not take fails alone; the rest of its batch is committed.
+become JSON text. Rows that do not fit are refused, and the load goes on; a CSV
+record that is badly quoted or longer than a million characters is refused to its
+very end, so that nothing inside a quoted field is taken for a row. A row that
+the server does not take fails alone; the rest of its batch is committed.
 
 --rejects gets a JSON object for each row that was not committed: "line", "row",
 "error" (its class), "sqlstate", "constraint" (the violated one), "message".
 
-Exit status: 0 when every row was committed, 1 when some were not, 2 when the
-load could not start, 130 after Ctrl-C. The first Ctrl-C (or SIGTERM) stops
-reading and waits for the rows already handed over, the second one gives them up.
+Exit status: 0 when every row was committed, 1 when some were not or the input
+could not be read to its end, 2 when the load could not start, 130 after Ctrl-C.
+The first Ctrl-C (or SIGTERM) stops reading and waits for the rows already handed
+over, the second one gives them up.
 """
 _INIT_DB_HELP = """\
 A worker whose COMMIT is not answered has to find out whether it was carried out.

@@ -33,7 +33,7 @@ from microbatch._rows import (
     looks_like_json,
     plural,
 )
-from microbatch._terminal import CommandError, StatusLine, StopSignals, bar, signal_name, table
+from microbatch._terminal import CommandError, StatusLine, StopSignals, answer, bar, say, signal_name, table
 from microbatch.batcher import MicroBatcher
 from microbatch.errors import QueueFull
 from microbatch.processors.postgres import PostgresProcessor
@@ -67,7 +67,7 @@ def load(options: LoadOptions) -> int:
     with StopSignals(patience=2) as stop, ExitStack() as stack:
         with stop.raising():
             binary = stack.enter_context(_open_input(options))
-            source = _row_source(options, _decoded(binary, options.encoding))
+            source = _row_source(options, _decoded(binary, options.encoding), _Size(binary))
             target = find_table(conninfo, options.table, source.columns)
         rejects = Rejects(_open_rejects(options, binary))
         tally = Tally(target.columns, rejects)
@@ -85,7 +85,7 @@ class Progress:
         self.started = time.monotonic()
         self._line = StatusLine(sys.stderr)
         self._binary = binary
-        self._size = os.fstat(binary.fileno()).st_size if binary.seekable() else 0
+        self._size = _size_of(binary)
         self._tally = tally
         # Guards the terminal: workers log while the reading thread shows how far it is.
         self._lock = threading.RLock()
@@ -103,7 +103,7 @@ class Progress:
         """Leave *text* on a line of its own."""
         with self._lock:
             self._line.clear()
-            print(f"microbatch load: {text}", file=sys.stderr)
+            say(f"microbatch load: {text}")
 
     def clear(self) -> None:
         self._line.clear()
@@ -119,6 +119,19 @@ class Progress:
             parts.insert(0, f"{bar(done)} {done:4.0%}")
             parts.append(f"{clock(seconds * (1 - done) / done)} left" if done else "")
         return "  ".join(parts)
+
+
+class _Size:
+    """Whether a file is read to the end that it has now: it may be cut short meanwhile, in the middle of a row."""
+
+    def __init__(self, binary: BinaryIO) -> None:
+        self._binary = binary
+        self._size = _size_of(binary)
+
+    def check(self) -> None:
+        """Call it where the file ends. Raises `OSError` if it was longer."""
+        if self._size and min(self._binary.tell(), _size_of(self._binary)) < self._size:
+            raise OSError(f"it has become shorter than the {self._size} bytes that it had")
 
 
 class _LogLines(logging.Handler):
@@ -187,7 +200,9 @@ class _Run:
         rate = tally.committed / self._seconds if self._seconds else 0.0
         counts = [(name, str(getattr(tally, name))) for name in ("committed", "failed", "unknown", "refused")]
         figures = [("seconds", f"{self._seconds:.1f}"), ("rows/s", f"{rate:.0f}")]
-        print(table([("rows read", str(tally.read)), *counts, *figures], indent=""))
+        text = table([("rows read", str(tally.read)), *counts, *figures], indent="")
+        if error := answer(text):
+            self._progress.note(f"standard output does not take the counts ({one_line(error)})\n{text}")
         if self._stop.count:
             return 128 + self._stop.number
         return 0 if tally.all_committed and not self._broken else 1
@@ -257,6 +272,11 @@ def _open_input(options: LoadOptions) -> BinaryIO:
         raise CommandError(f"cannot read {options.file}: {error.strerror}") from None
 
 
+def _size_of(binary: BinaryIO) -> int:
+    """In bytes; 0 for what has no size, such as a pipe."""
+    return os.fstat(binary.fileno()).st_size if binary.seekable() else 0
+
+
 def _decoded(binary: BinaryIO, encoding: str) -> TextIO:
     try:
         if codecs.lookup(encoding).name == "utf-8":
@@ -267,8 +287,8 @@ def _decoded(binary: BinaryIO, encoding: str) -> TextIO:
         raise CommandError(f"--encoding: there is no encoding {encoding!r}") from None
 
 
-def _row_source(options: LoadOptions, text: TextIO) -> RowSource:
-    lines = Lines(text)
+def _row_source(options: LoadOptions, text: TextIO, size: _Size) -> RowSource:
+    lines = Lines(text, size.check)
     try:
         if _format(options, lines) == "jsonl":
             if options.null is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -20,6 +21,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 from microbatch import _rows
@@ -88,7 +91,7 @@ def test_the_wrong_number_of_fields_is_a_bad_row_of_its_own() -> None:
     ]
 
 
-@pytest.mark.parametrize("stray", ['1,5" pipe', '1,"a"b', '"1,2', '1,3" by 5"'])
+@pytest.mark.parametrize("stray", ['1,5" pipe', '1,"a"b', '1,3" by 5"', '1,a"'])
 def test_a_stray_quote_costs_its_own_line_only(stray: str) -> None:
     rows = csv_rows(f'a,b\n0,0\n{stray}\n2,"two"\n3,3\n{stray}\n4,"4"\n')
 
@@ -109,21 +112,89 @@ def test_line_numbers_are_those_of_the_file() -> None:
     assert places == [(3, 5, Row), (7, 7, BadRow), (8, 8, Row)]
 
 
-@pytest.mark.parametrize("start", ["", '"'])
-def test_a_line_without_an_end_is_refused_without_being_kept(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_line_without_an_end_is_refused_without_being_kept(quote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_rows, "MAX_RECORD", 100)
 
-    rows = csv_rows(f"a,b\n{start}{'x' * 1000}\n1,2\n")
+    rows = csv_rows(f"a,b\n{quote}{'x' * 1000}{quote}\n1,2\n")
 
     assert rows == ["longer than 100 characters", ("1", "2")]
 
 
-def test_a_quoted_field_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+INSIDE = "attacker,owns\n" * 50
+
+INJECTIONS = {
+    "as it should be": f'1,"{INSIDE}"',
+    "behind a stray quote": f'5" pipe,"{INSIDE}"',
+    "before a stray quote": f'"{INSIDE}",5" pipe',
+    "with a doubled quote": f'"a""{INSIDE}""b",2',
+    "reopened behind its end": f'1,"a"b"{INSIDE}"',
+    "with a field too many": f'1,2,"{INSIDE}"',
+    "with a NUL": f'1,"\0{INSIDE}"',
+    "with bytes that are no text": f'1,"\udcff{INSIDE}"',
+    "opened behind a long field": f'{"x" * 300},"{INSIDE}"',
+    "opened in a long line": f'1,"{"x" * 300}{INSIDE}"',
+    "closed in a long line": f'1,"{INSIDE}{"x" * 300}"',
+    "with a quote where a piece of a long line ends": f'1,"{"x" * 97}""{INSIDE}"',
+}
+
+
+@pytest.mark.parametrize("limit", [100, 101, 102, 1 << 20])
+@pytest.mark.parametrize("record", INJECTIONS.values(), ids=INJECTIONS.keys())
+def test_nothing_inside_a_quoted_field_is_a_row(record: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rows, "MAX_RECORD", limit)
+
+    first, last = csv_rows(f"a,b\n{record}\n3,3\n")
+
+    assert isinstance(first, str) or INSIDE in "".join(filter(None, first))
+    assert last == ("3", "3")
+
+
+@given(
+    st.lists(st.tuples(*[st.text('",\n ax', max_size=9)] * 2), min_size=1),
+    st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([7, 20, 1 << 20]),
+)
+def test_what_a_csv_writer_writes_is_read_or_refused(
+    rows: list[tuple[str, str]], quoting: Any, end: str, limit: int
+) -> None:
+    file = io.StringIO(newline="")
+    csv.writer(file, quoting=quoting, lineterminator=end).writerows(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rows, "MAX_RECORD", limit)
+        read = csv_rows("a,b\n" + file.getvalue(), null="\n")
+
+    assert len(read) == len(rows)
+    assert all(isinstance(found, str) or found == row for found, row in zip(read, rows, strict=True))
+    assert limit < 1 << 20 or read == rows
+
+
+@pytest.mark.parametrize("limit", [100, 1 << 20])
+def test_an_input_that_ends_inside_a_quoted_field_gives_no_row_of_it(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_rows, "MAX_RECORD", limit)
+    source = CsvRows(Lines(io.StringIO(f'a,b\n0,0\n1,"open\n{INSIDE}')))
+
+    _, refused = source.read()
+
+    assert isinstance(refused, BadRow)
+    assert (refused.first_line, refused.last_line, refused.text) == (3, 53, '1,"open')
+    assert "not closed" in refused.reason
+
+
+def test_a_record_that_is_too_long_is_refused_with_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_rows, "MAX_RECORD", 100)
+    source = CsvRows(Lines(io.StringIO(f'a,b\n1,"{INSIDE}"\n2,2\n')))
 
-    rows = csv_rows('a,b\n1,"open\n' + "2,2\n" * 50)
+    refused, kept = source.read()
 
-    assert rows == ["a quoted field that is not closed", *[("2", "2")] * 50]
+    assert (refused.first_line, refused.last_line, kept.first_line) == (2, 52, 53)
+    assert isinstance(refused, BadRow)
+    assert refused.reason == "longer than 100 characters"
+    assert len(refused.text) <= 101
 
 
 def test_bytes_that_are_no_text_cost_their_own_row_only() -> None:
@@ -170,6 +241,7 @@ def test_values_of_json_columns_stay_json() -> None:
         ("[1, 2]", "not a JSON object"),
         ('{"a": 1, "b":', "not JSON: Expecting value"),
         ("[" * 100_000, "recursion"),
+        ('{"a": 1, "b": ' + "[" * 3000 + "]" * 3000 + "}", "nested too deep"),
     ],
 )
 def test_a_json_line_that_does_not_fit_is_a_bad_row(line: str, reason: str) -> None:
@@ -177,6 +249,16 @@ def test_a_json_line_that_does_not_fit_is_a_bad_row(line: str, reason: str) -> N
 
     assert (first, last) == (("1", "2"), ("3", "4"))
     assert reason in bad
+
+
+@pytest.mark.parametrize("depth", range(100, 1200, 50))
+def test_json_is_nested_as_deep_as_it_goes_and_then_refused(depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+
+    first, second, third = json_rows(f'{{"a": 1}}\n{{"a": {nested}}}\n{{"a": 3}}\n', json_columns=("a",))
+
+    assert (first, third) == (("1",), ("3",))
+    assert second == (nested,) or "nested too deep" in second
 
 
 def test_the_first_object_names_the_columns_unless_they_are_given() -> None:
@@ -575,6 +657,51 @@ def test_a_full_disk_costs_the_rejects_and_not_the_counts(payments: str) -> None
     assert (done.returncode, counts(done)["committed"], counts(done)["refused"]) == (1, 2, 1)
     assert "the rejects file is incomplete: [Errno 28]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.database
+@pytest.mark.parametrize("bad", ["", "x,1.00,ok\n"], ids=["all committed", "one failed"])
+@pytest.mark.parametrize("output", ["1>/dev/full", "1>&-", "2>&-", "2>/dev/full", ">/dev/full 2>&1", "| true"])
+def test_output_that_cannot_be_written_changes_nothing(payments: str, output: str, bad: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "p.csv", f"user_id,amount,status\n1,1.00,ok\n{bad}")
+    command = f"{sys.executable} -m microbatch load {file} --table payments --dsn '{payments}'"
+
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {output}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=ENVIRONMENT,
+    )
+
+    assert fetch(payments, "SELECT user_id FROM payments") == [(1,)]
+    assert done.returncode == (1 if bad else 0)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Exception ignored" not in done.stderr
+    if output == "1>/dev/full":
+        assert "committed     1" in done.stderr
+
+
+@pytest.mark.database
+@pytest.mark.parametrize("end", [b"", b"\n2,2.00"], ids=["between two rows", "inside a row"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(payments: str, end: bytes, tmp_path: Path) -> None:
+    rows = b"".join(b"%d,1.00,ok\n" % n for n in range(1, 200_001))
+    file = tmp_path / "p.csv"
+    file.write_bytes(b"user_id,amount,status\n" + rows)
+    with psycopg.connect(payments) as locking:
+        locking.execute("LOCK TABLE payments")
+        with loading(payments, file=str(file)) as process:
+            waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'payments'::regclass"
+            wait_until(lambda: bool(fetch(payments, waits)[0][0]))
+            with file.open("r+b") as cut:
+                cut.truncate(1_000_000)
+                cut.seek(0, os.SEEK_END)
+                cut.write(end)
+            locking.rollback()
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert process.returncode == 1, output
+    assert "shorter" in errors
+    assert fetch(payments, "SELECT count(*) FROM payments WHERE amount <> 1 OR status <> 'ok'") == [(0,)]
 
 
 @pytest.mark.database
