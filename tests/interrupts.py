@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -58,6 +58,12 @@ def _is_dropped(code: CodeType) -> bool:
     return any(getattr(callback, "__code__", None) is code for callback in gc.callbacks)
 
 
+def _without_a_trace(function: Callable[..., T]) -> Callable[..., T]:
+    """What comes from outside leaves no frame behind; this one's looks like the interpreter's own."""
+    nowhere = {**globals(), "__name__": "sys"}
+    return FunctionType(function.__code__, nowhere, function.__name__)  # type: ignore[attr-defined, return-value]
+
+
 class _Injector:
     """Raises `Interrupt` at the *n*-th such point of the calling thread, counted from 0."""
 
@@ -67,6 +73,7 @@ class _Injector:
         self._dropped: FrameType | None = None  # such a callback that is being run
         self.where = ""
 
+    @_without_a_trace
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
             # Up to 3.12 an interruption right behind a handler's `acquire()` leaves its lock taken for ever, and every
@@ -91,6 +98,7 @@ class _Injector:
             self._dropped = None
         return self._until_it_returns
 
+    @_without_a_trace
     def _opcode(self, frame: FrameType) -> None:
         code, offset = frame.f_code, frame.f_lasti
         before = self._last.get(frame)

@@ -150,7 +150,7 @@ class ItemTuple(NamedTuple):
         (INSERT, Item),
         (INSERT_BY_POSITION, lambda n, label: (n, label)),
         (INSERT_BY_POSITION, lambda n, label: [n, label]),
-        (INSERT_BY_POSITION, ItemTuple),
+        (INSERT, ItemTuple),
     ],
     ids=["dict", "dataclass", "tuple", "list", "named tuple"],
 )

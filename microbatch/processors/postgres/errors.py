@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import psycopg
 
 from microbatch.errors import MicrobatchError, OutcomeUnknown
@@ -37,3 +40,24 @@ class BatchRolledBack(MicrobatchError):
 
 class KeysTaken(psycopg.errors.UniqueViolation):
     """Others insert the keys by hand that this processor draws, faster than it draws them: no job's fault."""
+
+
+_OURS = frozenset(("microbatch", "psycopg", "psycopg_binary", "psycopg_c")) | sys.stdlib_module_names
+
+
+def is_jobs_own(error: BaseException) -> bool:
+    """Whether *error*, met while a job was read, comes from the job, and is no interruption of this thread.
+
+    A lazy value may raise anything, `SystemExit` and `CancelledError` too. What another thread or a signal handler
+    raises looks the same, but has no frame of the job's code behind it.
+    """
+    if isinstance(error, Exception):
+        return True
+    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        return False
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
+            return True
+        trace = trace.tb_next
+    return False

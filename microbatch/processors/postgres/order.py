@@ -7,6 +7,8 @@ from typing import Any
 
 from microbatch.protocols import Batch
 
+from .errors import is_jobs_own
+
 
 class Ordered:
     """A batch in the order in which it is written; *positions* are those of the jobs as they came."""
@@ -44,8 +46,9 @@ class Order:
         for i, job in enumerate(batch):
             try:
                 keys[i] = self._sort_key(job)
-            except Exception:
-                continue
+            except BaseException as error:
+                if not is_jobs_own(error):
+                    raise
         last = [i for i in range(len(batch)) if i not in keys]
         return Ordered(batch, _sorted(keys) + last)
 
@@ -53,6 +56,17 @@ class Order:
 def _sorted(keys: dict[int, Any]) -> list[int]:
     try:
         return sorted(keys, key=keys.__getitem__)
-    except TypeError:
-        # One key that does not compare must not fail its neighbours; any order that all processes share will do.
-        return sorted(keys, key=lambda i: (type(keys[i]).__qualname__, repr(keys[i])))
+    except BaseException as error:
+        if not is_jobs_own(error):
+            raise
+    # One key that does not compare must not fail its neighbours; any order that all processes share will do.
+    return sorted(keys, key=lambda i: _text(keys[i]))
+
+
+def _text(key: Any) -> tuple[str, str]:
+    try:
+        return type(key).__qualname__, repr(key)
+    except BaseException as error:
+        if not is_jobs_own(error):
+            raise
+    return type(key).__qualname__, ""

@@ -6,7 +6,7 @@ a COMMIT without an answer is `CommitUnknown`, and no deadline reaches the serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -17,6 +17,7 @@ from psycopg.rows import dict_row
 from microbatch.errors import OutcomeUnknown, ProcessorContractError
 from microbatch.protocols import Batch
 
+from .errors import is_jobs_own
 from .guard import NoGuard, Token
 from .parameters import Job, parameters_of
 from .session import Session
@@ -38,6 +39,9 @@ class Portable(Frame):
     def run(self) -> list[Any]:
         """One result per job; an exception in the place of a job that failed alone."""
         jobs = [_parameters(job) for job in self._batch]
+        refused: dict[int, Any] = {i: job for i, job in enumerate(jobs) if isinstance(job, BaseException)}
+        if refused:
+            return self._commit(lambda: self._singly(jobs)) if self._isolates else self._all_failed(refused)
         try:
             return self._commit(lambda: self._together(jobs))
         except OutcomeUnknown:
@@ -49,9 +53,6 @@ class Portable(Frame):
             return self._all_failed(self._culprit(jobs, error))
 
     def _together(self, jobs: Sequence[Any]) -> list[Any]:
-        for job in jobs:
-            if isinstance(job, Exception):
-                raise job
         with self._connection.cursor(row_factory=dict_row) as cursor:
             cursor.executemany(self._statement, jobs, returning=True)
             # Never flattened: a job whose set is empty (ON CONFLICT DO NOTHING) would give its place to the next one.
@@ -72,6 +73,8 @@ class Portable(Frame):
         return [self._alone(job) for job in jobs]
 
     def _alone(self, job: Any) -> Any:
+        if isinstance(job, BaseException):
+            return job
         try:
             with self._connection.transaction():
                 return self._together([job])[0]
@@ -123,9 +126,14 @@ class Portable(Frame):
 
 
 def _parameters(job: Job) -> Any:
+    """What psycopg gets, read already: what a lazy mapping raises must not meet an open transaction."""
     try:
-        return parameters_of(job)
-    except TypeError as error:
+        parameters = parameters_of(job)
+        is_lazy = isinstance(parameters, Mapping) and not isinstance(parameters, dict)
+        return dict(parameters) if is_lazy else parameters
+    except BaseException as error:
+        if not is_jobs_own(error):
+            raise
         return error
 
 

@@ -51,8 +51,8 @@ class PostgresProcessor:
 
             Or an open `psycopg_pool.ConnectionPool` with connections to spare. Request threads that hold
             all of them while they wait for a future are a deadlock: their batch waits for a connection.
-        statement: any single command, with psycopg's placeholders: `%(name)s` for jobs that are mappings or
-            dataclasses, `%s` for sequences.
+        statement: any single command, with psycopg's placeholders: `%(name)s` for jobs that have names (mappings,
+            dataclasses, named tuples, rows of `sqlite3` or SQLAlchemy), `%s` for plain tuples and lists.
         on_job_error: `"isolate"`: the good jobs of a batch are committed, each bad one gets its own error.
             `"fail_batch"`: one bad job undoes its batch; it keeps its error, the others get `BatchRolledBack`.
         commit_guard: how to find out whether a COMMIT without an answer was carried out: `"ledger"` (a table,
@@ -100,8 +100,8 @@ class PostgresProcessor:
         Args:
             conninfo: as for the constructor.
             table: its name as in SQL: `payments`, `shop.payments`, `"Odd Name"`.
-            columns: the columns that every job gives: as keys of a mapping, fields of a dataclass or in this order
-                in a sequence. The others get their defaults.
+            columns: the columns that every job gives: by name if it has names (a mapping, a dataclass, a named tuple,
+                a row), else in this order. The others get their defaults.
             returning: the columns of a job's row that is its result; None if no result is needed.
             on_conflict: SQL that follows ON CONFLICT, such as `(id) DO NOTHING`; such a job may have no row, and
                 its result is None.

@@ -21,7 +21,7 @@ class StatementWay:
 
     def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
         bound = bind_jobs(connection, statement, jobs)
-        self.refused = {i: job for i, job in enumerate(bound) if isinstance(job, Exception)}
+        self.refused: dict[int, Any] = {i: job for i, job in enumerate(bound) if isinstance(job, BaseException)}
         self._bound: list[Any] = bound  # a Bound where nothing was refused
         self._reader = Reader(connection)
 

@@ -12,6 +12,7 @@ from psycopg.pq.abc import PGresult
 from microbatch.errors import ProcessorContractError
 
 from .commands import KeyedCommands, Target, insert_row, merge
+from .errors import is_jobs_own
 from .flight import Flight
 from .parameters import Job
 from .translate import Reader, as_result
@@ -40,12 +41,14 @@ class RowWay:
         self._form = form
         self.reader = form.reader
         self.in_order = bool(form.target.on_conflict)
-        self.refused: dict[int, Exception] = {}
+        self.refused: dict[int, Any] = {}
         self._rows: list[Row] = []
         for i, job in enumerate(jobs):
             try:
                 self._rows.append(form.dumper.row(job))
-            except Exception as error:
+            except BaseException as error:
+                if not is_jobs_own(error):
+                    raise
                 self.refused[i] = error
                 self._rows.append(())
 

@@ -118,7 +118,7 @@ class Frame:
 
     def _all_failed(self, failed: dict[int, Exception]) -> list[Any]:
         first, error = next(iter(failed.items()))
-        state = getattr(error, "sqlstate", None)
+        state = error.sqlstate if isinstance(error, psycopg.Error) else None
         reason = f"{type(error).__name__} {state}" if state else type(error).__name__
         message = f"another job of the batch failed ({reason}); nothing was written"
         return [

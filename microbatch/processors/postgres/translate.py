@@ -7,7 +7,7 @@ is False and the portable way with `executemany` takes over; tests/test_translat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
+from .errors import is_jobs_own
 from .parameters import Job, parameters_of
 
 try:
@@ -52,7 +53,9 @@ class Bound:
     formats: Sequence[pq.Format]
 
 
-def bind_jobs(connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]) -> list[Bound | Exception]:
+def bind_jobs(
+    connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]
+) -> list[Bound | BaseException]:
     """Each job as *statement* with its values, or the error that says why it cannot be sent."""
     query = PostgresQuery(Transformer.from_context(connection))
     bind: Callable[[Query, Any], None] = query.convert
@@ -60,15 +63,31 @@ def bind_jobs(connection: psycopg.Connection[Any], statement: Query, jobs: Itera
     def next_ones(statement: Query, values: Any) -> None:
         query.dump(values)
 
-    bound: list[Bound | Exception] = []
+    bound: list[Bound | BaseException] = []
     for job in jobs:
         try:
-            bind(statement, parameters_of(job))
+            parameters = parameters_of(job)
+            try:
+                bind(statement, parameters)
+            except TypeError as error:
+                raise _by_position(error, parameters) from None
             bound.append(Bound(query.query, query.params or (), query.types, query.formats or ()))
             bind = next_ones
-        except Exception as error:
+        except BaseException as error:
+            if not is_jobs_own(error):
+                raise
             bound.append(error)
     return bound
+
+
+def _by_position(error: TypeError, parameters: Any) -> TypeError:
+    """What to say of a job with names and a statement without; *error* where it is about something else."""
+    if not isinstance(parameters, Mapping) or "positional placeholders" not in str(error):
+        return error
+    return TypeError(
+        "a job that has names is read by name, and the placeholders %s have none: write %(name)s in the statement,"
+        " or submit a plain tuple in the order of the placeholders"
+    )
 
 
 class Reader:

@@ -42,7 +42,7 @@ class RowDumper:
 
     def _values(self, job: Job) -> list[Any]:
         parameters = job if type(job) is dict else parameters_of(job)
-        if isinstance(parameters, (dict, Mapping)):
+        if isinstance(parameters, Mapping):
             try:
                 return [parameters[column] for column in self._columns]
             except KeyError as error:

@@ -14,12 +14,13 @@ class Way(Protocol):
     """One batch, made ready for the server.
 
     Attributes:
-        refused: the jobs that cannot be sent at all, by position, with the error that says why.
+        refused: the jobs that cannot be sent at all, by position, with the error that says why; a lazy value may
+            raise anything, so it need not be an `Exception`.
         in_order: whether a job may depend on what the ones before it have written, so that no job may be tried
             before an earlier one.
     """
 
-    refused: dict[int, Exception]
+    refused: dict[int, Any]
     in_order: bool
 
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
