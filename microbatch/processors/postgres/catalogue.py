@@ -26,7 +26,17 @@ SELECT json_build_object(
   'usable_key', coalesce(i.indimmediate AND i.indisvalid, false),
   'columns', (SELECT json_agg(json_build_object(
       'name', a.attname, 'type', format_type(a.atttypid, -1), 'full_type', format_type(a.atttypid, a.atttypmod),
-      'is_json', coalesce(nullif(y.typbasetype, 0), y.oid) IN ('json'::regtype, 'jsonb'::regtype),
+      'base', format('%I.%I', bn.nspname, b.typname),
+      'element', quote_ident(en.nspname) || '.' || quote_ident(e.typname),
+      'is_json', b.oid IN ('pg_catalog.json'::regtype, 'pg_catalog.jsonb'::regtype),
+      'array', CASE WHEN below.has_modifier OR EXISTS (
+          -- A cast from text that is more than the type's input function: by its own function, or by none at all.
+          SELECT FROM pg_cast k JOIN pg_proc p ON p.oid = b.typinput
+          WHERE k.castsource = 'pg_catalog.text'::regtype AND k.casttarget = b.oid
+            AND (k.oid >= 16384 AND (k.castmethod = 'f' OR k.castmethod = 'b' AND p.prosrc <> 'textin')
+                 OR b.oid = 'pg_catalog.regclass'::regtype))
+        THEN (SELECT format('%I.%I', n.nspname, t.typname) FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+              WHERE t.oid = y.typarray) END,
       'identity', a.attidentity, 'generated', a.attgenerated <> '',
       'default', pg_get_expr(d.adbin, d.adrelid),
       'sequences', (SELECT json_agg(s.oid::int8) FROM pg_class s WHERE s.relkind = 'S' AND s.oid IN (
@@ -44,6 +54,21 @@ SELECT json_build_object(
       'may_select', has_column_privilege(c.oid, a.attnum, 'SELECT'),
       'in_key', coalesce(a.attnum = ANY (i.indkey), false)) ORDER BY a.attnum)
     FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
+    CROSS JOIN LATERAL (
+        WITH RECURSIVE domains AS (
+            SELECT y.oid, y.typtype, y.typbasetype, y.typtypmod, false AS has_modifier
+            UNION ALL SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, d.has_modifier OR d.typtypmod <> -1
+            FROM domains d JOIN pg_type t ON d.typtype = 'd' AND t.oid = d.typbasetype)
+        SELECT oid, has_modifier FROM domains WHERE typtype <> 'd') below
+    JOIN pg_type b ON b.oid = below.oid JOIN pg_namespace bn ON bn.oid = b.typnamespace
+    LEFT JOIN LATERAL (
+        WITH RECURSIVE domains AS (
+            SELECT t.oid, t.typtype, t.typbasetype, t.typname, t.typnamespace FROM pg_type t
+            WHERE t.oid = b.typelem AND t.typarray = b.oid
+            UNION ALL SELECT t.oid, t.typtype, t.typbasetype, t.typname, t.typnamespace
+            FROM domains d JOIN pg_type t ON d.typtype = 'd' AND t.oid = d.typbasetype)
+        SELECT typname, typnamespace FROM domains WHERE typtype <> 'd') e ON true
+    LEFT JOIN pg_namespace en ON en.oid = e.typnamespace
     LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -58,11 +83,19 @@ _KEY_TYPES = ("integer", "bigint", "numeric", "text", "character varying", "uuid
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column; *type* is how to cast to it, without a modifier."""
+    """One column.
+
+    *type* and *full_type* are for readers; *base* is the type behind all domains, without its modifier, as SQL that no
+    search path changes, and *element* that of an array's elements. *array* is set where a cast to *base* would not read
+    text as the column's own type does: the array type of that, whose input does.
+    """
 
     name: str
     type: str
     full_type: str
+    base: str
+    element: str | None
+    array: str | None
     is_json: bool
     identity: str
     generated: bool

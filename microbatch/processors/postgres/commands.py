@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .catalogue import Table, quoted
+from .catalogue import Column, Table, quoted
 
 _ALIAS = b"microbatch_t"
 
@@ -48,7 +48,7 @@ def merge(target: Target) -> bytes:
     """MERGE of an array per column; the first column that comes back is the row's number."""
     casts, arrays, aliases = _sources(target.table, target.columns)
     command = (
-        b"MERGE INTO %s AS microbatch_t USING (SELECT %s, microbatch_n FROM unnest(%s)"
+        b"MERGE INTO %s AS microbatch_t USING (SELECT %s, microbatch_n FROM ROWS FROM (%s)"
         b" WITH ORDINALITY microbatch_u(%s, microbatch_n)) AS microbatch_s(%s, microbatch_n)"
         b" ON false WHEN NOT MATCHED THEN INSERT (%s) VALUES (%s)"
     ) % (
@@ -75,22 +75,22 @@ class KeyedCommands:
             b" OVERRIDING SYSTEM VALUE" if overriding else b"",
         )
         one = b"%s VALUES (%s)" % (into, _parameters(len(names)))
-        all_ = b"%s SELECT %s FROM unnest(%s) AS microbatch_s(%s)" % (into, casts, arrays, aliases)
+        all_ = b"%s SELECT %s FROM ROWS FROM (%s) AS microbatch_s(%s)" % (into, casts, arrays, aliases)
         careful = b" ON CONFLICT (%s) DO NOTHING" % _listed([column.name for column in table.key])
-        back = [*(b"%s.%s::text" % (_ALIAS, quoted(name)) for name in drawn), *target.back(_ALIAS)]
+        back = [*(b"%s.%s::pg_catalog.text" % (_ALIAS, quoted(name)) for name in drawn), *target.back(_ALIAS)]
         self.one, self.all = one + _returning(back), all_ + _returning(back)
         self.careful_one, self.careful_all = one + careful + _returning(back), all_ + careful + _returning(back)
-        self.look_up = b"SELECT %s FROM %s AS microbatch_t WHERE (%s) IN (SELECT %s FROM unnest(%s) AS s(%s))" % (
+        self.look_up = b"SELECT %s FROM %s AS microbatch_t WHERE (%s) IN (SELECT %s FROM ROWS FROM (%s) AS s(%s))" % (
             *(b", ".join(back), target.only(), _listed(drawn)),
             *_sources(table, drawn),
         )
         # As text, because not every type can be compared; with the modifier, which rounds and pads.
         same = [
-            b"t.%s::text IS NOT DISTINCT FROM s.c%d::%s::text"
+            b"t.%s::pg_catalog.text IS NOT DISTINCT FROM s.c%d::%s::pg_catalog.text"
             % (quoted(name), i, table.column(name).full_type.encode())
             for i, name in enumerate(names)
         ]
-        self.compare = b"SELECT count(*) FROM %s AS t, unnest(%s) AS s(%s) WHERE %s" % (
+        self.compare = b"SELECT count(*) FROM %s AS t, ROWS FROM (%s) AS s(%s) WHERE %s" % (
             *(target.only(), arrays, aliases),
             b" AND ".join(same),
         )
@@ -99,9 +99,22 @@ class KeyedCommands:
 def _sources(table: Table, names: Sequence[str]) -> tuple[bytes, bytes, bytes]:
     """For a command that takes an array per column: the casts, the arrays, the aliases."""
     aliases = [b"c%d" % i for i in range(len(names))]
-    casts = [b"%s::%s" % (alias, table.column(name).type.encode()) for alias, name in zip(aliases, names, strict=True)]
-    arrays = [b"$%d::text[]" % (i + 1) for i in range(len(names))]
+    casts = [_cast(alias, table.column(name)) for alias, name in zip(aliases, names, strict=True)]
+    arrays = [b"pg_catalog.unnest($%d::pg_catalog.text[])" % (i + 1) for i in range(len(names))]
     return b", ".join(casts), b", ".join(arrays), b", ".join(aliases)
+
+
+def _cast(text: bytes, column: Column) -> bytes:
+    """*text* as INSERT would read it from a literal.
+
+    A cast cuts what is too long for a modifier, the assignment to the column or its domain refuses it. So the cast is
+    to the type behind, without a modifier. Where that is not how the column's own type reads text, an array of one item
+    brings its input function into play.
+    """
+    if column.array is None:
+        return b"%s::%s" % (text, column.base.encode())
+    item = b"(ARRAY[%s]::pg_catalog.text::%s)[1]" % (text, column.array.encode())
+    return b"CASE WHEN %s IS NOT NULL THEN %s END" % (text, item)
 
 
 def _parameters(count: int) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
 
 from microbatch.errors import ProcessorContractError
@@ -80,7 +80,7 @@ class MergeWay(RowWay):
         if each or len(positions) == 1:
             return super().send(flight, positions)
         rows = [self._rows[i] for i in positions]
-        flight.run(self._form.merge, [array(column) for column in zip(*rows, strict=True)])
+        _run(flight, self._form.merge, [array(column) for column in zip(*rows, strict=True)])
         return 1
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
@@ -125,7 +125,7 @@ class KeyedWay(RowWay):
             for i in positions:
                 flight.run(commands.careful_one if self.careful else commands.one, self._whole_row(i))
             return len(positions)
-        flight.run(commands.careful_all if self.careful else commands.all, self._arrays(positions))
+        _run(flight, commands.careful_all if self.careful else commands.all, self._arrays(positions))
         return 1
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
@@ -142,11 +142,11 @@ class KeyedWay(RowWay):
 
     def look_up(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the question which of the keys are in the table."""
-        flight.run(self._commands.look_up, self._arrays(positions)[: len(self._form.drawn)])
+        _run(flight, self._commands.look_up, self._arrays(positions)[: len(self._form.drawn)])
 
     def compare(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the count of rows that hold exactly what the jobs gave."""
-        flight.run(self._commands.compare, self._arrays(positions))
+        _run(flight, self._commands.compare, self._arrays(positions))
 
     def found(self, positions: Sequence[int], answer: PGresult) -> dict[int, Any]:
         """The rows of *answer*, by job."""
@@ -169,3 +169,7 @@ class KeyedWay(RowWay):
         keys = zip(*[self.keys[i] for i in positions], strict=True)
         columns = zip(*[self._rows[i] for i in positions], strict=True)
         return [*map(array, keys), *map(array, columns)]
+
+
+def _run(flight: Flight, command: bytes, arrays: Sequence[bytes]) -> None:
+    flight.run(command, arrays, formats=[Format.BINARY] * len(arrays))

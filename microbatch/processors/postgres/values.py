@@ -1,12 +1,14 @@
 """Jobs as rows of text: what PostgreSQL would read from literals of unknown type.
 
-The same bytes feed an array with a row per job and the single row of a job that is tried alone, so that a value means
-the same in both. Whatever cannot be sent is found here, before anything is.
+The same bytes feed an array with an item per job and the single row of a job that is tried alone, so that a value
+means the same in both. Whatever cannot be sent is found here, before anything is.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import psycopg
@@ -14,16 +16,24 @@ from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types.json import Jsonb
 
+from .conversions import context_of, named
 from .parameters import Job, parameters_of
 
 Row: TypeAlias = Sequence[Buffer | None]
+
+_TEXT = 25  # the type's number
+_HEADER = struct.Struct("!iiIii")  # dimensions, whether NULL may come, type of the items, their number, the first index
+_LENGTH = struct.Struct("!i")
+_NULL = _LENGTH.pack(-1)
+_LENGTHS = tuple(map(_LENGTH.pack, range(256)))
 
 
 class RowDumper:
     """Turns jobs into rows for *columns*; those of *json* take dicts and lists as JSON."""
 
     def __init__(self, connection: psycopg.Connection[Any], columns: Sequence[str], json: frozenset[str]) -> None:
-        self._transformer = Transformer.from_context(connection)
+        self._connection = connection
+        self._transformer = Transformer.from_context(context_of(connection))
         self._columns = tuple(columns)
         self._formats = [PyFormat.TEXT] * len(columns)
         self._json = [i for i, column in enumerate(columns) if column in json]
@@ -38,7 +48,10 @@ class RowDumper:
         for i in self._json:
             if isinstance(values[i], (dict, list)):
                 values[i] = Jsonb(values[i])
-        return self._transformer.dump_sequence(values, self._formats)
+        try:
+            return self._transformer.dump_sequence(values, self._formats)
+        except UnicodeEncodeError as error:
+            raise named(error, self._connection) from None
 
     def _values(self, job: Job) -> list[Any]:
         parameters = job if type(job) is dict else parameters_of(job)
@@ -57,19 +70,19 @@ class RowDumper:
 
 
 def array(texts: Sequence[Buffer | None]) -> bytes:
-    """A literal of type text[]."""
+    """A value of type text[] in binary.
+
+    As text its NULL would be a word, which array_nulls may take for text, and a byte of a character may look like a
+    quote in some encodings.
+    """
+    header = _HEADER.pack(1, 1, _TEXT, len(texts), 1)
     try:
-        # Nearly always: no NULL, and nothing in the texts that has to be escaped.
-        body = b'","'.join(texts)  # type: ignore[arg-type]
-        if b"\\" not in body and body.count(b'"') == 2 * (len(texts) - 1):
-            return b'{"%s"}' % body
-    except TypeError:
-        pass
-    return b"{%s}" % b",".join([b"NULL" if text is None else _quoted(text) for text in texts])
+        # Nearly always: no NULL, and nothing long.
+        lengths = map(_LENGTHS.__getitem__, map(len, texts))  # type: ignore[arg-type]
+        return header + b"".join(chain.from_iterable(zip(lengths, texts, strict=True)))  # type: ignore[arg-type]
+    except (TypeError, IndexError):
+        return header + b"".join(map(_item, texts))
 
 
-def _quoted(text: Buffer) -> bytes:
-    data = bytes(text)
-    if b"\\" in data or b'"' in data:
-        data = data.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
-    return b'"%s"' % data
+def _item(text: Buffer | None) -> bytes:
+    return _NULL if text is None else b"%s%s" % (_LENGTH.pack(len(text)), text)

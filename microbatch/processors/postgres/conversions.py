@@ -1,0 +1,157 @@
+"""What a session's settings do to bytes, and psycopg's conversions so that they mean the same under all of them.
+
+psycopg asks the connection when it makes a converter, and keeps the answer: a converter belongs to the `settings_of`
+the moment, and is made anew when they are others.
+"""
+
+from __future__ import annotations
+
+import binascii
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg import pq
+from psycopg.abc import AdaptContext, Buffer
+from psycopg.adapt import AdaptersMap, Dumper, Loader, PyFormat
+from psycopg.types.json import JsonbLoader, JsonLoader
+from psycopg.types.string import BytesDumper, TextLoader
+
+Settings: TypeAlias = tuple[bytes | None, ...]
+
+# What the server tells by itself whenever it changes; the search path since PostgreSQL 18.
+_TOLD = (
+    b"client_encoding",
+    b"DateStyle",
+    b"IntervalStyle",
+    b"TimeZone",
+    b"standard_conforming_strings",
+    b"search_path",
+)
+_NO_ENCODING = "ascii"  # psycopg's word for SQL_ASCII: bytes, whatever they mean
+_BYTES = (bytes, bytearray, memoryview)
+
+
+def settings_of(connection: psycopg.Connection[Any]) -> Settings:
+    """What text means on *connection* now; no round trip."""
+    told = connection.pgconn.parameter_status
+    return tuple([told(name) for name in _TOLD])
+
+
+def encoding_of(connection: psycopg.Connection[Any]) -> str:
+    """Python's name for the encoding of SQL and of text; a session in SQL_ASCII gets UTF-8, as from psycopg."""
+    encoding = connection.info.encoding
+    return "utf-8" if encoding == _NO_ENCODING else encoding
+
+
+def text_of(data: bytes, encoding: str) -> str | bytes:
+    """*data* as text, and as it is where it is none: in SQL_ASCII anything may be stored."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return data
+
+
+def recoded(sql: bytes, encoding: str) -> bytes:
+    """*sql*, which is UTF-8, as a session in *encoding* reads it."""
+    return sql if encoding == "utf-8" else sql.decode().encode(encoding)
+
+
+def named(error: Exception, connection: psycopg.Connection[Any]) -> Exception:
+    """*error*, with the session's encoding in it where a character does not fit: Python's says `charmap` for many."""
+    if not isinstance(error, UnicodeEncodeError) or error.encoding == "utf-8":
+        return error
+    name = connection.info.parameter_status("client_encoding") or error.encoding
+    reason = f"{error.reason}; the connection's client_encoding is {name}, and UTF8 has every character"
+    return UnicodeEncodeError(name, error.object, error.start, error.end, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What psycopg makes converters from."""
+
+    adapters: AdaptersMap
+    connection: psycopg.Connection[Any]
+
+
+def context_of(connection: psycopg.Connection[Any]) -> AdaptContext:
+    """The connection itself, or what stands in for it where psycopg's own conversions would change a value."""
+    is_standard = connection.pgconn.parameter_status(b"standard_conforming_strings") != b"off"
+    encoding = connection.info.encoding
+    if is_standard and encoding == "utf-8":
+        return connection
+    adapters = AdaptersMap(connection.adapters)
+    if not is_standard:
+        _dump_bytes_for_parameters(adapters)
+    if encoding == _NO_ENCODING:
+        _load(adapters, _TEXT_LOADERS, _LenientTextLoader)
+    elif encoding != "utf-8":
+        _load(adapters, (JsonLoader,), _JsonLoader)
+        _load(adapters, (JsonbLoader,), _JsonbLoader)
+    return _Context(adapters, connection)
+
+
+class _HexDumper(Dumper):
+    """bytea for a parameter. psycopg's own is for a literal: without standard_conforming_strings it doubles the
+    backslash, which a parameter keeps."""
+
+    oid = psycopg.adapters.types["bytea"].oid
+
+    def dump(self, obj: Buffer) -> Buffer:
+        return b"\\x" + binascii.hexlify(obj)
+
+
+class _LenientTextLoader(Loader):
+    """psycopg hands out bytes in SQL_ASCII, although it has sent UTF-8."""
+
+    def load(self, data: Buffer) -> str | bytes:
+        return text_of(bytes(data), "utf-8")
+
+
+class _JsonLoader(JsonLoader):
+    """psycopg's takes every encoding for UTF-8."""
+
+    def load(self, data: Buffer) -> Any:
+        return super().load(_as_utf8(data, self.connection))
+
+
+class _JsonbLoader(JsonbLoader):
+    def load(self, data: Buffer) -> Any:
+        return super().load(_as_utf8(data, self.connection))
+
+
+def _as_utf8(data: Buffer, connection: Any) -> bytes:
+    return bytes(data).decode(connection.info.encoding).encode()
+
+
+def _dump_bytes_for_parameters(adapters: AdaptersMap) -> None:
+    for kind in _BYTES:
+        automatic = adapters.get_dumper(kind, PyFormat.AUTO)
+        if adapters.get_dumper(kind, PyFormat.TEXT) in _BYTES_DUMPERS:
+            adapters.register_dumper(kind, _HexDumper)
+            if automatic not in _BYTES_DUMPERS:
+                adapters.register_dumper(kind, automatic)
+
+
+def _load(adapters: AdaptersMap, ours: tuple[type, ...], loader: type[Loader]) -> None:
+    """*loader* for every type that is loaded by one of *ours*; what the user has registered stays."""
+    for oid in (0, *(info.oid for info in adapters.types)):
+        if adapters.get_loader(oid, pq.Format.TEXT) in ours:
+            adapters.register_loader(oid, loader)
+
+
+def _faster(kind: type, dumper: type[Dumper]) -> Any:
+    """What a psycopg with its C part takes in the place of *dumper*."""
+    adapters = AdaptersMap()
+    adapters.register_dumper(kind, dumper)
+    return adapters.get_dumper(kind, PyFormat.TEXT)
+
+
+def _faster_loader(loader: type[Loader]) -> Any:
+    adapters = AdaptersMap()
+    adapters.register_loader(0, loader)
+    return adapters.get_loader(0, pq.Format.TEXT)
+
+
+_BYTES_DUMPERS = (BytesDumper, _faster(bytes, BytesDumper))
+_TEXT_LOADERS = (TextLoader, _faster_loader(TextLoader))
