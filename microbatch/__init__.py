@@ -1,7 +1,5 @@
 """Micro-batching for synchronous Python: submit a job, get a Future, share one transaction."""
 
-import logging
-
 from .batcher import MicroBatcher
 from .errors import (
     BatcherClosed,
@@ -67,5 +65,3 @@ __all__ = [  # noqa: RUF022 - grouped as a user meets them
     "BatchFailed",
     "BatcherShutDown",
 ]
-
-logging.getLogger("microbatch").addHandler(logging.NullHandler())

@@ -340,7 +340,8 @@ class MicroBatcher(Generic[J, R]):
 
     def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:
         if self._core.listeners.want(JobSubmitted):
-            self._core.listeners.tell(JobSubmitted(job, future._job_id, priority))
+            name = self._core.options.name
+            self._core.listeners.tell(JobSubmitted(job, future._job_id, priority, batcher=name))
 
     def _report(self) -> ShutdownReport:
         core = self._core

@@ -23,7 +23,6 @@ Python 3.12 and 3.13 let an exception out at the jump back without a release (py
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 import weakref
@@ -47,13 +46,14 @@ from .job import (
     Verdict,
     renew_lock,
 )
+from .logs import Log
 from .options import Options
 from .registry import Registry
 from .returning import Returning
 from .stats import Counters, Stats, snapshot
 from .telling import conclude, tell_cancelled
 
-_log = logging.getLogger("microbatch")
+_log = Log("microbatch")
 
 CANCELLED = JobStatus.CANCELLED
 CANCELLED_VERDICT: Verdict = (CANCELLED, None, None)
@@ -90,7 +90,7 @@ class Core:
         self.processor = processor
         self.options = options
         self.clock = clock
-        self.listeners = Listeners()
+        self.listeners = Listeners(options.name)
         self.closed = False
         self.inline = False  # one thread does everything: `testing.InlineBatcher`
         # How a job gets its future, on the submitting thread. Tracing puts another one here, which keeps the origin.
@@ -380,7 +380,9 @@ class Core:
             try:
                 self.start_threads()
             except RuntimeError:
-                _log.exception("no thread can be started in the place of a dead one; jobs end at their deadlines")
+                _log.of(self.options.name).exception(
+                    "no thread can be started in the place of a dead one; jobs end at their deadlines"
+                )
 
 
 class DeathWatch:
@@ -426,7 +428,7 @@ def _after_fork_in_child() -> None:
             core.forget_parent()
         except Exception:
             # A queue factory failed; `check_process` tries again at the next use.
-            _log.exception("%s cannot be used in this forked process yet", core.options.name)
+            _log.of(core.options.name).exception("it cannot be used in this forked process yet")
 
 
 if hasattr(os, "register_at_fork"):

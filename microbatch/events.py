@@ -6,17 +6,18 @@ never more. Times are seconds.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-_log = logging.getLogger("microbatch.events")
+from .logs import Log
+
+_log = Log("microbatch.events")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events. Listen to the concrete ones."""
+    """Base of all events. Listen to the concrete ones; in each of them *batcher* is the name of the one that tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class JobSubmitted(Event):
     job: Any
     job_id: str | None
     priority: int
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class JobRetrying(Event):
     batch_id: str
     error: BaseException
     delay: float
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class JobCompleted(Event):
     result: Any
     seconds: float
     waited: float = 0.0
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class JobFailed(Event):
     error: BaseException
     seconds: float
     waited: float | None = None
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class JobCancelled(Event):
     job: Any
     job_id: str | None
     seconds: float
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class BatchStarted(Event):
     attempt: int
     trigger: str
     origins: tuple[Any, ...] = ()
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class BatchCompleted(Event):
     trigger: str
     failed: int
     seconds: float
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,7 @@ class BatchFailed(Event):
     trigger: str
     error: BaseException
     seconds: float
+    batcher: str = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +138,17 @@ class BatcherShutDown(Event):
     failed: int
     cancelled: int
     unknown: int
+    batcher: str = "microbatch"
 
 
 E = TypeVar("E", bound=Event)
 
 
 class Listeners:
-    """Who listens to what. Replaced as a whole on every change, so telling needs no lock."""
+    """Who listens to what the batcher *name* tells. Replaced as a whole on every change, so telling needs no lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "microbatch") -> None:
+        self.name = name
         self.by_type: dict[type[Event], tuple[Callable[[Any], object], ...]] = {}
 
     def add(self, event_type: type[E], listener: Callable[[E], object]) -> None:
@@ -169,7 +180,7 @@ class Listeners:
             except KeyboardInterrupt as exc:
                 interrupt = exc
             except BaseException:
-                _log.exception("listener %r failed on %s", listener, type(event).__name__)
+                _log.of(self.name).exception("listener %r failed on %s", listener, type(event).__name__)
         if interrupt is not None:
             raise interrupt
 

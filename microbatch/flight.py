@@ -6,7 +6,6 @@ The numbers are those of the invariants in `worker`.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from . import job as job_module
@@ -16,10 +15,11 @@ from .errors import OutcomeUnknown, WorkerDied
 from .events import BatchCompleted, BatchFailed, Event, JobCompleted, JobRetrying
 from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
 from .judge import Again, Answer, Outcome, Retried
+from .logs import Log
 from .protocols import Batch
 from .telling import conclude, run_callbacks, tell_contained, tell_failed
 
-_log = logging.getLogger("microbatch.worker")
+_log = Log("microbatch.worker")
 
 
 class Flight:
@@ -123,7 +123,8 @@ class Flight:
         core, listeners, began, ended = self.core, self.core.listeners, outcome.began, outcome.ended
         if listeners.want(JobRetrying):
             for job, cause, delay in retried:
-                self._say(JobRetrying(job.payload, job.future._job_id, job.attempts, batch.id, cause, delay))
+                facts = (job.payload, job.future._job_id, job.attempts, batch.id, cause, delay)
+                self._say(JobRetrying(*facts, batcher=listeners.name))
         failed = 0
         for job, answer in zip(self.jobs, outcome.answers, strict=True):
             if job.verdict is not answer:
@@ -135,13 +136,14 @@ class Flight:
             elif listeners.want(JobCompleted):
                 age, waited = ended - job.submitted, began - job.submitted
                 result = job.verdict[1]
-                self._say(JobCompleted(job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited))
-        facts = (batch.id, len(batch), batch.attempt, batch.trigger)
+                done = (job.payload, job.future._job_id, job.attempts, batch.id, result, age, waited)
+                self._say(JobCompleted(*done, batcher=listeners.name))
+        held = (batch.id, len(batch), batch.attempt, batch.trigger)
         seconds = ended - began
         if outcome.error is None:
-            self._say(BatchCompleted(*facts, failed, seconds))
+            self._say(BatchCompleted(*held, failed, seconds, batcher=listeners.name))
         else:
-            self._say(BatchFailed(*facts, outcome.error, seconds))
+            self._say(BatchFailed(*held, outcome.error, seconds, batcher=listeners.name))
 
     def _say(self, event: Event) -> None:
         if self in self.core.workers:  # a child forked inside a callback or a listener tells nothing of this batch

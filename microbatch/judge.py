@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import OutcomeUnknown, ProcessorContractError
 from .job import COMPLETED, Job, Verdict, status_of
+from .logs import Log
 from .protocols import Batch
 from .retry import RetryPolicy
 
-_log = logging.getLogger("microbatch.judge")
+_log = Log("microbatch.judge")
 
 
 class Again:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import time
 import weakref
@@ -15,10 +14,11 @@ from .collector import NEVER
 from .core import Core, DeathWatch, living_cores
 from .interpreter import Token, call_before_threads_end, in_multiprocessing_child
 from .job import JobFuture
+from .logs import Log
 from .supervisor import CLOSE_SECONDS, finish, supervise
 from .worker import work
 
-_log = logging.getLogger("microbatch")
+_log = Log("microbatch")
 
 # After its deadline a shutdown waits so much longer for the supervisor to end what is left.
 _GRACE = 0.5
@@ -195,9 +195,9 @@ def _close() -> None:
         finished = wait_for_finish(core, max(0.0, core.abandon_at - core.clock()))
         left = len(core.undelivered)
         if left or not finished:
-            _log.warning("%s at exit: %d jobs undelivered", core.options.name, left)
+            _log.of(core.options.name).warning("%d jobs undelivered at exit", left)
         elif core in _had_jobs:
-            _log.info("%s drained at exit", core.options.name)
+            _log.of(core.options.name).info("drained at exit")
 
 
 def _cores_at_end() -> list[Core]:
@@ -209,7 +209,7 @@ def _cores_at_end() -> list[Core]:
         try:
             core.check_process()
         except Exception:
-            _log.exception("%s is of another process", core.options.name)
+            _log.of(core.options.name).exception("it is of another process")
             continue
         found.append(core)
         if core.outstanding:

@@ -7,7 +7,6 @@ interruption in between loses nothing.
 
 from __future__ import annotations
 
-import logging
 import threading
 
 from .collector import Undecided
@@ -15,9 +14,10 @@ from .core import CANCELLED_VERDICT, Core
 from .errors import BatcherClosed, DeliveryTimeout, OutcomeUnknown
 from .events import JobCancelled, JobFailed
 from .job import HANDED_OVER, QUEUED, WAITING, Job, Verdict, status_of
+from .logs import Log, name_thread
 from .telling import conclude, run_callbacks, tell_cancelled, tell_failed
 
-_log = logging.getLogger("microbatch")
+_log = Log("microbatch")
 
 
 def overdue(core: Core, jobs: list[Job], now: float) -> None:
@@ -141,14 +141,20 @@ def _tell_apart(core: Core) -> None:
             if core.inline:
                 raise RuntimeError
             name = f"{core.options.name}-callbacks"
-            threading.Thread(target=_tell_owed, args=(core,), name=name, daemon=True).start()
+            threading.Thread(target=_tell_owed_apart, args=(core,), name=name, daemon=True).start()
         except RuntimeError:
             # No more threads: late callbacks are better than none.
             _tell_owed(core)
 
 
+def _tell_owed_apart(core: Core) -> None:
+    """That thread's function."""
+    name_thread(core.options.name)
+    _tell_owed(core)
+
+
 def _tell_owed(core: Core) -> None:
-    """That thread's function; a second one leaves at once."""
+    """A second one leaves at once."""
     ident = threading.get_ident()
     with core.lock:
         if core.teller is not None:
@@ -193,7 +199,7 @@ def _tell_end(core: Core, job: Job) -> None:
     try:
         tell_cancelled(core.listeners, job, core.clock())
     except KeyboardInterrupt:
-        _log.exception("a listener failed on JobCancelled")
+        _log.of(core.options.name).exception("a listener failed on JobCancelled")
 
 
 def _concluded(owed: list[tuple[Job, bool]]) -> list[Job]:

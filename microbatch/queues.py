@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sized
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .interpreter import stdlib_queue
 from .job import Job
+from .logs import Log
 from .protocols import JobQueue
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     queue = stdlib_queue()
 
-_log = logging.getLogger("microbatch.queues")
+_log = Log("microbatch.queues")
 
 Dead = Callable[[Any], bool]
 

@@ -7,7 +7,6 @@ when a shutdown is complete. It never blocks on a future's condition and runs no
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from time import thread_time
@@ -16,10 +15,11 @@ from typing import Any
 from .collector import NEVER
 from .core import Core, DeathWatch
 from .events import BatcherShutDown
+from .logs import Log, name_thread
 from .owed import abandon_all, overdue, settle_owed
 from .telling import tell_contained
 
-_log = logging.getLogger("microbatch.supervisor")
+_log = Log("microbatch.supervisor")
 
 # A future that somebody is just entering `concurrent.futures.wait` with is tried again so much later.
 _SOON = 0.01
@@ -169,7 +169,8 @@ def finish(core: Core, may_finish: Callable[[], bool]) -> bool:
             if core.finishing or not may_finish():
                 return core.finishing
             counters = core.counters
-            event = BatcherShutDown(counters.completed, counters.failed, counters.cancelled, counters.unknown)
+            ends = (counters.completed, counters.failed, counters.cancelled, counters.unknown)
+            event = BatcherShutDown(*ends, batcher=core.options.name)
             begun = core.finishing = True
         tell_contained(core.listeners, event)
     finally:
@@ -188,6 +189,7 @@ def _let_go(core: Core) -> None:
 
 def supervise(core: Core, watch: DeathWatch) -> None:
     """The thread's function: claim the place, or leave if it is taken."""
+    name_thread(core.options.name)
     try:
         supervisor = watch.holder = Supervisor(core)
         if supervisor.claim():

@@ -5,16 +5,16 @@ On the batcher's own threads nothing that a stranger raises passes, a KeyboardIn
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from .events import BatchStarted, JobCancelled, JobFailed, Listeners
 from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED
 from .job import Job, JobFuture, JobStatus
+from .logs import Log
 from .protocols import Batch
 
-_log = logging.getLogger("microbatch")
+_log = Log("microbatch")
 _CANCELLED = JobStatus.CANCELLED
 
 
@@ -39,12 +39,14 @@ def tell_contained(listeners: Listeners, event: Any) -> None:
     try:
         listeners.tell(event)
     except KeyboardInterrupt:
-        _log.exception("a listener failed on %s", type(event).__name__)
+        _log.of(listeners.name).exception("a listener failed on %s", type(event).__name__)
 
 
 def tell_started(listeners: Listeners, batch: Batch[Any], jobs: Sequence[Job]) -> None:
     origins = tuple(job.future._origin for job in jobs if job.future._origin is not None)
-    tell_contained(listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger, origins))
+    tell_contained(
+        listeners, BatchStarted(batch.id, len(batch), batch.attempt, batch.trigger, origins, batcher=listeners.name)
+    )
 
 
 def tell_failed(
@@ -57,10 +59,12 @@ def tell_failed(
     batch_id = getattr(error, "batch_id", None) or batch_id
     age = ended - job.submitted
     waited = None if began is None else began - job.submitted
-    tell_contained(listeners, JobFailed(job.payload, job.future._job_id, job.attempts, batch_id, error, age, waited))
+    facts = (job.payload, job.future._job_id, job.attempts, batch_id, error, age, waited)
+    tell_contained(listeners, JobFailed(*facts, batcher=listeners.name))
 
 
 def tell_cancelled(listeners: Listeners, job: Job, now: float) -> None:
     """On the cancelling thread as well, and there a KeyboardInterrupt is the caller's."""
     if listeners.want(JobCancelled):
-        listeners.tell(JobCancelled(job.payload, job.future._job_id, now - job.submitted))
+        age = now - job.submitted
+        listeners.tell(JobCancelled(job.payload, job.future._job_id, age, batcher=listeners.name))

@@ -15,6 +15,7 @@ from .batcher import MicroBatcher
 from .collector import NEVER, lingers_until
 from .core import Core, cores
 from .job import JobFuture
+from .logs import name_thread
 from .options import DEFAULT
 from .protocols import Batch, BatchProcessor
 from .stats import ShutdownReport
@@ -155,10 +156,12 @@ class InlineBatcher(MicroBatcher[J, R]):
             return
         self._running = True
         core.own.add(threading.get_ident())
+        name = name_thread(core.options.name)
         try:
             while self._supervisor.check() and (self._turn() or self._jump()):
                 pass
         finally:
+            name_thread(name)
             core.own.discard(threading.get_ident())
             self._running = False
         if core.closed and not core.outstanding:

@@ -14,7 +14,6 @@ What holds at shutdown, and at any other end of a worker:
 
 from __future__ import annotations
 
-import logging
 import threading
 
 from . import job as job_module
@@ -25,10 +24,11 @@ from .events import BatchStarted
 from .flight import Flight
 from .job import HANDED_OVER, TAKEN
 from .judge import Judge, Outcome
+from .logs import Log, name_thread
 from .protocols import Batch
 from .telling import tell_started
 
-_log = logging.getLogger("microbatch.worker")
+_log = Log("microbatch.worker")
 
 
 class Worker(Flight):
@@ -221,6 +221,7 @@ class Worker(Flight):
 
 def work(core: Core, watch: DeathWatch) -> None:
     """The thread's function: claim a place, work, leave. A surplus thread leaves at once."""
+    name_thread(core.options.name)
     try:
         worker = watch.holder = Worker(core)
         if worker.claim():
@@ -248,7 +249,7 @@ def leave(worker: Worker) -> None:
             core.touched = False
             core.processor.close()
         except BaseException:
-            _log.exception("closing the processor failed")
+            _log.of(core.options.name).exception("closing the processor failed")
     with core.lock:
         if worker in core.workers:
             core.workers.remove(worker)

@@ -18,7 +18,7 @@ PACKAGE = Path(microbatch.__file__).parent
 # From the ground up. A module imports only from lines above its own, never from its own line. What stands under
 # `processors` is one driver each: free inside, without cycles.
 LEVELS = [
-    "errors interpreter",
+    "errors interpreter logs",
     "job events retry",
     "protocols",
     "queues registry returning stats calling",

@@ -545,7 +545,7 @@ def test_P6_one_line_in_the_log_tells_of_a_drained_end(tmp_path: Path) -> None:
     )
 
     assert told.code == 0
-    assert [line for line in told.stderr.splitlines() if "drained" in line] == ["payments drained at exit"]
+    assert [line for line in told.stderr.splitlines() if "drained" in line] == ["payments: drained at exit"]
 
 
 # A forgotten batcher in a process that goes on.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+from microbatch.logs import Log
 
-_log = logging.getLogger("microbatch.postgres")
+_log = Log("microbatch.postgres")
 
 
 def tell(level: int, message: str, *args: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast
@@ -11,6 +10,7 @@ from psycopg import sql
 from psycopg.abc import Query
 from psycopg.pq import TransactionStatus
 
+from microbatch.logs import Log
 from microbatch.protocols import Batch
 
 from .catalogue import look_up
@@ -26,7 +26,7 @@ from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
 from .translate import is_supported
 
-_log = logging.getLogger("microbatch.postgres")
+_log = Log("microbatch.postgres")
 
 Returning: TypeAlias = Literal["*"] | Sequence[str] | None
 

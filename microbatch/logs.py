@@ -1,0 +1,41 @@
+"""The library's loggers: every line begins with the name of the batcher that it is about.
+
+A processor does not know who calls it, so the name belongs to the thread: a batcher's own threads carry it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import MutableMapping
+from typing import Any
+
+
+class _Here(threading.local):
+    name = "microbatch"
+
+
+_here = _Here()
+
+
+def name_thread(name: str) -> str:
+    """From now on what this thread logs is about the batcher *name*; returns the name that it had."""
+    before, _here.name = _here.name, name
+    return before
+
+
+class Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11 only
+    """A logger of this library, for the batcher *name*; without one for the thread's."""
+
+    def __init__(self, logger: str, name: str | None = None) -> None:
+        super().__init__(logging.getLogger(logger), {})
+        self._name = name
+
+    def of(self, name: str) -> Log:
+        """The same logger for the batcher *name*, on a thread that is not its own."""
+        return Log(self.logger.name, name)
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        name = self._name or _here.name
+        # A message without a placeholder has no arguments, and then nothing is escaped.
+        return f"{name.replace('%', '%%') if '%' in msg else name}: {msg}", kwargs
