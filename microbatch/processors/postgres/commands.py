@@ -13,12 +13,16 @@ _ALIAS = b"microbatch_t"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What `insert_into` was called with, and the table it found; *on_conflict* is SQL or empty."""
+    """What `insert_into` was called with, and the table it found.
+
+    *on_conflict* is SQL or empty. *overriding*: a value for an identity that is always generated is taken.
+    """
 
     table: Table
     columns: tuple[str, ...]
     returning: Literal["*"] | tuple[str, ...] | None
     on_conflict: bytes = b""
+    overriding: bool = False
 
     def json(self) -> frozenset[str]:
         return frozenset(column.name for column in self.table.columns if column.is_json)
@@ -30,6 +34,11 @@ class Target:
         prefix = alias and alias + b"."
         return [prefix + b"*"] if self.returning == "*" else [prefix + quoted(name) for name in self.returning]
 
+    def overrides(self, drawn: Sequence[str] = ()) -> bytes:
+        """What an INSERT says to give an identity, which may be one of the *drawn* columns, itself."""
+        needed = self.overriding or any(self.table.column(name).identity == "a" for name in drawn)
+        return b" OVERRIDING SYSTEM VALUE" if needed else b""
+
     def only(self) -> bytes:
         """The table without its children, which may hold strangers' rows with the same key."""
         return (b"" if self.table.kind == "p" else b"ONLY ") + self.table.identifier()
@@ -37,8 +46,8 @@ class Target:
 
 def insert_row(target: Target) -> bytes:
     """INSERT of one row; its parameters are of unknown type."""
-    command = b"INSERT INTO %s (%s) VALUES (%s)" % (
-        *(target.table.identifier(), _listed(target.columns)),
+    command = b"INSERT INTO %s (%s)%s VALUES (%s)" % (
+        *(target.table.identifier(), _listed(target.columns), target.overrides()),
         _parameters(len(target.columns)),
     )
     return command + target.on_conflict + _returning(target.back())
@@ -50,9 +59,9 @@ def merge(target: Target) -> bytes:
     command = (
         b"MERGE INTO %s AS microbatch_t USING (SELECT %s, microbatch_n FROM ROWS FROM (%s)"
         b" WITH ORDINALITY microbatch_u(%s, microbatch_n)) AS microbatch_s(%s, microbatch_n)"
-        b" ON false WHEN NOT MATCHED THEN INSERT (%s) VALUES (%s)"
+        b" ON false WHEN NOT MATCHED THEN INSERT (%s)%s VALUES (%s)"
     ) % (
-        *(target.table.identifier(), casts, arrays, aliases, aliases, _listed(target.columns)),
+        *(target.table.identifier(), casts, arrays, aliases, aliases, _listed(target.columns), target.overrides()),
         b", ".join(b"microbatch_s.c%d" % i for i in range(len(target.columns))),
     )
     back = target.back(_ALIAS)
@@ -69,10 +78,8 @@ class KeyedCommands:
     def __init__(self, target: Target, drawn: tuple[str, ...]) -> None:
         table, names = target.table, (*drawn, *target.columns)
         casts, arrays, aliases = _sources(table, names)
-        overriding = any(table.column(name).identity == "a" for name in drawn)
         into = b"INSERT INTO %s AS microbatch_t (%s)%s" % (
-            *(table.identifier(), _listed(names)),
-            b" OVERRIDING SYSTEM VALUE" if overriding else b"",
+            *(table.identifier(), _listed(names), target.overrides(drawn)),
         )
         one = b"%s VALUES (%s)" % (into, _parameters(len(names)))
         all_ = b"%s SELECT %s FROM ROWS FROM (%s) AS microbatch_s(%s)" % (into, casts, arrays, aliases)

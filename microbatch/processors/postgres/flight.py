@@ -88,6 +88,13 @@ class Flight:
             self._pgconn.send_query_prepared(name, values, param_formats=formats or None)
         self._sent.append(_COMMAND)
 
+    def describe(self, command: bytes, types: tuple[int, ...] = ()) -> None:
+        """Queue the question for its parameters and columns: two answers, of which the second one tells."""
+        self._begin()
+        self._pgconn.send_prepare(b"", command, param_types=types or None)
+        self._pgconn.send_describe_prepared(b"")
+        self._sent += (_COMMAND, _COMMAND)
+
     def prepare(self, command: bytes) -> None:
         """Queue its preparation, if it is to be kept and is not yet; behind a failed command nothing comes of it."""
         self._begin()

@@ -13,6 +13,7 @@ until the first attempt is decided, and then meets it or not; after a crash, too
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from psycopg.pq.abc import PGresult
 
 from .errors import CommitUnknown, Undecided
 from .flight import Flight, is_error
+from .log import tell
 from .session import LEDGER, MARKER, Session
 from .sqlstate import Kind, kind_of
 
@@ -265,11 +267,14 @@ class Guards:
         self._ledger = LedgerGuard()
         self._xid = XidGuard()
         self._none = NoGuard()
+        self._refused: set[str] = set()
 
     def choose(self, session: Session) -> Guard:
         """The guard for a batch on *session*. Raises `ValueError` if the ledger is pinned and not there."""
         if self._mode == "none":
             return self._none
+        if session.facts.not_ledger and self._mode in ("auto", "ledger"):
+            self._refuse(session.facts.not_ledger)
         if self._mode == "ledger" and not session.facts.ledger:
             raise ValueError(
                 f"commit_guard='ledger', but table {LEDGER} is not on the search path of this role with SELECT, INSERT"
@@ -279,6 +284,15 @@ class Guards:
             self._ledger.sweep(session)
             return self._ledger
         return self._xid
+
+    def _refuse(self, table: str) -> None:
+        """A table has the ledger's name, and not its columns or key: pinned, an error; else said once."""
+        what = f"table {table} is not the ledger of microbatch: it needs the columns and the key that init-db prints"
+        if self._mode == "ledger":
+            raise ValueError(f"commit_guard='ledger', but {what}; rename it, or use commit_guard='auto'")
+        if table not in self._refused:
+            self._refused.add(table)
+            tell(logging.WARNING, "%s; it is left alone, and the guard is xid", what)
 
     def leave(self, session: Session) -> None:
         """Clean up what this process has in the database, before its last connection closes."""

@@ -23,7 +23,7 @@ from .parameters import Job, parameters_of
 from .session import Session
 from .sqlstate import is_refusal, kind_of
 from .transaction import Frame, Pending, unknown
-from .translate import as_result
+from .translate import as_result, count_of, once
 
 _IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
 
@@ -139,4 +139,7 @@ def _parameters(job: Job) -> Any:
 
 def _result(cursor: psycopg.Cursor[dict[str, Any]]) -> Any:
     # No row number: the statement returns no rows at all.
-    return None if cursor.rownumber is None else as_result(cursor.fetchall())
+    if cursor.rownumber is None:
+        return count_of((cursor.statusmessage or "").encode())
+    once([column.name for column in cursor.description or ()])
+    return as_result(cursor.fetchall())

@@ -32,8 +32,9 @@ Connections: TypeAlias = OwnConnections | BorrowedConnections
 class PostgresProcessor:
     """Runs one statement per job, a batch in one transaction; safe to call from several threads at once.
 
-    A job's result is its statement's row as a dict: None where it returned no row (no RETURNING, ON CONFLICT
-    DO NOTHING, an UPDATE that met nothing), a list of dicts where it returned several.
+    A job's result is its statement's row as a dict, None where it returned no row (ON CONFLICT DO NOTHING, an UPDATE …
+    RETURNING that met nothing), a list of dicts where it returned several. Without RETURNING an UPDATE, DELETE or MERGE
+    gives the number of its rows as an int, any other command None.
 
     A job that the database refuses fails alone, with psycopg's own error; the others are committed. When the
     answer to COMMIT is missing, the batch is looked up (`commit_guard`) and either completed or written anew.
@@ -88,6 +89,7 @@ class PostgresProcessor:
         returning: Literal["*"] | Sequence[str] | None = "*",
         on_conflict: str | sql.Composable | None = None,
         sort_key: Callable[[Any], Any] | None = None,
+        overriding: Literal["system"] | None = None,
         strategy: Literal["auto", "keys", "merge", "statement"] = "auto",
         on_job_error: Literal["isolate", "fail_batch"] = "isolate",
         commit_guard: Literal["auto", "ledger", "xid", "none"] = "auto",
@@ -105,6 +107,8 @@ class PostgresProcessor:
             returning: the columns of a job's row that is its result; None if no result is needed.
             on_conflict: SQL that follows ON CONFLICT, such as `(id) DO NOTHING`; such a job may have no row, and
                 its result is None.
+            overriding: `"system"`: OVERRIDING SYSTEM VALUE, so that the jobs may give the ids of an identity that is
+                GENERATED ALWAYS, such as those of a dump.
             sort_key: as for the constructor.
             strategy: how; see `plan`. One that cannot be had for the table is refused by `open()`.
             on_job_error: as for the constructor.
@@ -118,7 +122,7 @@ class PostgresProcessor:
         isolates = _one_of("on_job_error", on_job_error, ("isolate", "fail_batch")) == "isolate"
         self = cls.__new__(cls)
         has_ledger = commit_guard == "ledger"
-        writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates, has_ledger)
+        writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates, has_ledger, overriding)
         self._set_up(conninfo, writer, commit_guard, sort_key)
         return self
 
@@ -188,8 +192,8 @@ class PostgresProcessor:
 
         Raises:
             psycopg.Error: the server cannot be reached.
-            ValueError: `commit_guard="ledger"`, and its table is not there or not writable; or the table of
-                `insert_into` cannot be written as asked.
+            ValueError: `commit_guard="ledger"`, and its table is not there, not writable or another one; the table of
+                `insert_into` cannot be written as asked; or two columns of a result have one name.
         """
         with self._connections.visit() as session:
             if session is not None:

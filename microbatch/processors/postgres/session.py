@@ -15,6 +15,7 @@ from .flight import Flight, Prepared, is_error
 LEDGER = "microbatch_ledger"
 
 _LEAST, _MARGIN = 0.05, 0.25  # seconds
+_PATIENCE = 1000  # milliseconds for a lock, where there is no deadline
 # Of the time until then: for a flight, for one that commits, for a statement.
 _SHARE, _COMMIT_SHARE, _STATEMENT_SHARE = 0.75, 0.5, 0.6
 # Milliseconds. A server's timeouts are integers of 32 bits, and one of them is a little longer than the others.
@@ -26,15 +27,30 @@ MARKER = """
     CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END || '/' ||
     (SELECT coalesce(extract(epoch FROM stats_reset)::text, '') FROM pg_stat_wal)"""
 
+# Whether table c takes what the guard writes: a user's own table may have the name, or one of another version.
+_IS_LEDGER = """(
+    c.relkind IN ('r', 'p') AND NOT row_security_active(c.oid)
+    AND 3 = (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped
+        AND a.attgenerated = '' AND a.attidentity = '' AND (a.attname, a.atttypid) IN (
+            ('lane', 'uuid'::regtype), ('batch', 'bigint'::regtype), ('at', 'timestamptz'::regtype)))
+    AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND a.attname NOT IN ('lane', 'batch'))
+    AND EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'lane'
+        WHERE i.indrelid = c.oid AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
+        AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum))"""
+
 _FACTS = f"""
     SELECT pg_backend_pid(), current_setting('server_version_num'),
         (SELECT setting FROM pg_settings WHERE name = 'statement_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
         (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()),
-        (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.oid = to_regclass('{LEDGER}') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE'))"""
+        l.name, l.is_ledger::int
+    FROM (VALUES (1)) AS one LEFT JOIN (
+        SELECT format('%I.%I', n.nspname, c.relname) AS name, {_IS_LEDGER} AS is_ledger
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid = to_regclass('{LEDGER}') AND has_table_privilege(c.oid, 'SELECT')
+            AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')) AS l ON true"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +69,7 @@ class Facts:
     ledger: str  # the ledger's name with its schema; empty where there is none for this role
     marker: str | None
     backend_start: str = ""
+    not_ledger: str = ""  # a table of the ledger's name that is none
 
 
 class Session:
@@ -98,6 +115,33 @@ class Session:
         if is_error(answer):
             raise self.error(answer)
         return answer
+
+    def describe(self, command: bytes, types: tuple[int, ...] = ()) -> PGresult:
+        """The parameters and columns of *command*, which is not run; one round trip.
+
+        Raises:
+            psycopg.Error: the server cannot tell; nothing has happened to a transaction that is open.
+        """
+        is_inside = self.status == TransactionStatus.INTRANS
+        flight = self.flight(keep=False)
+        flight.run(b"SAVEPOINT microbatch_describe" if is_inside else b"BEGIN")
+        # Its tables are locked for a moment, and somebody may be altering one of them.
+        left = self.milliseconds_left()
+        patience = _PATIENCE if left is None else max(1, left // 4)
+        flight.run(b"SELECT set_config('lock_timeout', $1, true)", [b"%d" % patience])
+        flight.describe(command, types)
+        flight.sync()
+        if is_inside:
+            flight.run(b"ROLLBACK TO microbatch_describe")
+            flight.run(b"RELEASE microbatch_describe")
+        else:
+            flight.run(b"ROLLBACK")
+        flight.sync()
+        answers = flight.land()[0]
+        for answer in answers:
+            if is_error(answer):
+                raise self.error(answer)
+        return answers[-1]
 
     def error(self, answer: PGresult) -> psycopg.Error:
         """psycopg's own error for a failed command."""
@@ -167,6 +211,7 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
     if is_error(facts[-1]):
         raise psycopg.errors.error_from_result(facts[-1], connection.info.encoding)
     pid, version, *limits = (int(facts[-1].get_value(0, i) or 0) for i in range(5))
+    is_ledger = _text(facts[-1], 7) == "1"
     known = bool(marker) and not is_error(marker[0][-1])
     return Facts(
         pooled=pid != connection.info.backend_pid,
@@ -174,7 +219,8 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
         statement_timeout=limits[0],
         lock_timeout=limits[1],
         idle_timeout=limits[2],
-        ledger=_text(facts[-1], 6) or "",
+        ledger=(_text(facts[-1], 6) or "") if is_ledger else "",
+        not_ledger="" if is_ledger else _text(facts[-1], 6) or "",
         marker=_text(marker[0][-1], 0) if known else None,
         backend_start=_text(facts[-1], 5) or "",
     )

@@ -11,7 +11,7 @@ from psycopg.pq.abc import PGresult
 
 from .flight import Flight
 from .parameters import Job
-from .translate import Bound, Reader, as_result, bind_jobs
+from .translate import Bound, Reader, as_result, bind_jobs, count_of
 
 
 class StatementWay:
@@ -44,6 +44,7 @@ class StatementWay:
 
     def _result(self, answer: PGresult, as_before: bool) -> Any:
         try:
-            return as_result(self._reader.rows(answer, as_before))
+            rows = self._reader.rows(answer, as_before)
+            return count_of(answer.command_status) if rows is None else as_result(rows)
         except Exception as error:
             return error

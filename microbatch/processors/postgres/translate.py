@@ -7,7 +7,7 @@ is False and the portable way with `executemany` takes over; tests/test_translat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,6 +28,9 @@ except ImportError:  # pragma: no cover
 
 _QUERY_NEEDS = ("convert", "dump", "query", "params", "types", "formats")
 _TRANSFORMER_NEEDS = ("from_context", "set_pgresult", "load_rows", "dump_sequence", "get_loader")
+
+# What may write several rows, or none; an INSERT writes what it is given.
+_COUNTED = (b"UPDATE", b"DELETE", b"MERGE")
 
 Row: TypeAlias = dict[str, Any]
 
@@ -78,6 +81,48 @@ def bind_jobs(
                 raise
             bound.append(error)
     return bound
+
+
+class _Names(Mapping[str, None]):
+    """Takes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getitem__(self, name: str) -> None:
+        self.asked.append(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 1
+
+
+def placeholders(connection: psycopg.Connection[Any], statement: Query) -> tuple[bytes, tuple[str, ...]]:
+    """*statement* as it is sent, and the names of its parameters in their order; no names where they are `%s`."""
+    query, names = PostgresQuery(Transformer.from_context(connection)), _Names()
+    try:
+        query.convert(statement, names)
+    except TypeError:  # positional ones take no mapping
+        return query.query, ()
+    return query.query, tuple(names.asked)
+
+
+def columns_of(answer: PGresult, encoding: str) -> list[str]:
+    """The names of the columns of *answer*. Raises `ValueError` if two are the same: a dict would lose one of them."""
+    return once([(answer.fname(i) or b"").decode(encoding) for i in range(answer.nfields)])
+
+
+def once(names: Sequence[str]) -> list[str]:
+    """*names* as a list. Raises `ValueError` if two are the same."""
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(
+            f"two result columns are named {twice!r}, and a result, a dict, holds one of them: name what comes back"
+            " one by one, and apart (RETURNING a.id, b.id AS b_id)"
+        )
+    return list(names)
 
 
 def _by_position(error: TypeError, parameters: Any) -> TypeError:
@@ -133,7 +178,7 @@ class Reader:
         self._columns = None  # until everything fits: an interruption in between leaves nothing half-known
         self._transformer.set_pgresult(answer)
         self._skipped = skipped
-        self._names = [(name or b"").decode(self._encoding) for name, _ in columns[skipped:]]
+        self._names = once([(name or b"").decode(self._encoding) for name, _ in columns[skipped:]])
         self._columns = columns
 
     def _one(self, answer: PGresult, number: int, as_text: bool) -> Any:
@@ -153,6 +198,12 @@ class Reader:
 
     def _row(self, values: Sequence[Any]) -> Row:
         return dict(zip(self._names, values[self._skipped :] if self._skipped else values, strict=True))
+
+
+def count_of(tag: bytes | None) -> int | None:
+    """How many rows a command without RETURNING wrote, from its *tag*; None for others than the three."""
+    verb, _, count = (tag or b"").partition(b" ")
+    return int(count) if verb in _COUNTED else None
 
 
 def as_result(rows: list[Row] | None) -> Any:

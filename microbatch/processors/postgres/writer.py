@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
+import psycopg
 from psycopg import sql
 from psycopg.abc import Query
 from psycopg.pq import TransactionStatus
@@ -24,7 +25,7 @@ from .session import Session
 from .statement import StatementWay
 from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
-from .translate import is_supported
+from .translate import columns_of, is_supported, once, placeholders
 
 _log = Log("microbatch.postgres")
 
@@ -59,7 +60,17 @@ class StatementWriter:
         self._isolates = isolates
 
     def open(self, session: Session) -> None:
-        """Nothing to look at: the statement is the user's."""
+        """Ask for its columns. Raises `ValueError` if two have the same name."""
+        if not is_supported(session.connection):
+            return
+        try:
+            command, _ = placeholders(session.connection, self._statement)
+            answer = session.describe(command)
+        except psycopg.Error:
+            if session.connection.closed:
+                raise
+            return  # each job will be told; and perhaps the values of one tell the types that are missing here
+        columns_of(answer, session.connection.info.encoding)
 
     def forget(self, session: Session) -> None:
         """Nothing to forget."""
@@ -94,7 +105,9 @@ class TableWriter:
         strategy: Strategy | Literal["auto"],
         isolates: bool,
         has_ledger: bool,
+        overriding: str | None = None,
     ) -> None:
+        self._overriding = _overriding(overriding)
         self._has_ledger = has_ledger
         self._table = _name(table)
         self._columns = _columns(columns)
@@ -147,7 +160,8 @@ class TableWriter:
             return known
         encoding, version = session.connection.info.encoding, session.facts.version
         plan = plan_for(table, self._columns, version, encoding, bool(self._on_conflict), self._has_ledger)
-        target = Target(table, self._columns, self._returning, self._on_conflict)
+        once(self._returning or ())
+        target = Target(table, self._columns, self._returning, self._on_conflict, self._overriding)
         planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), now)
         self._tell(planned.plan)
         return planned
@@ -215,6 +229,12 @@ def _on_conflict(clause: str | sql.Composable | None) -> bytes:
             " or '(id) DO UPDATE SET amount = excluded.amount'"
         )
     return b" ON CONFLICT " + text.encode()
+
+
+def _overriding(overriding: str | None) -> bool:
+    if overriding not in (None, "system"):
+        raise ValueError(f"overriding must be 'system' or None, not {overriding!r}")
+    return overriding == "system"
 
 
 def _strategy(strategy: str, has_on_conflict: bool) -> Strategy | Literal["auto"]:
