@@ -150,6 +150,9 @@ class MicroBatcher(Generic[J, R]):
         if not core.here[0]:
             core.check_process()
         if submit_timeout is not DEFAULT or delivery_timeout is not DEFAULT or priority or job_id is not None:
+            if job_id is not None and isinstance(job_id, str):
+                # A string of a class of its own could raise from its hash, and in the middle of the acceptance.
+                job_id = str.__str__(job_id)
             self._check(job_id, priority, submit_timeout, delivery_timeout)
             record = self._record(job, priority, delivery_timeout)
             if job_id is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getattr_static
 from typing import Any
 
+from .foreign import type_name
 from .protocols import Batch
 
 
@@ -12,7 +14,7 @@ class Processor:
     """The user's processor with its optional methods looked up once."""
 
     def __init__(self, given: Any) -> None:
-        process = getattr(given, "process", None)
+        process = _attribute(given, "process")
         if process is None and callable(given) and not isinstance(given, type):
             process = given
         if not callable(process):
@@ -25,10 +27,20 @@ class Processor:
 
 
 def _method(given: Any, name: str) -> Any:
-    method = getattr(given, name, None)
+    method = _attribute(given, name)
     if method is not None and not callable(method):
         raise TypeError(f"{name} of processor {given!r} must be a method, not {method!r}")
     return method
+
+
+def _attribute(given: Any, name: str) -> Any:
+    """None where it has none, also where its `__getattr__` says so with an error of its own."""
+    try:
+        return getattr(given, name, None)
+    except Exception as error:
+        if getattr_static(given, name, None) is None:
+            return None
+        raise TypeError(f"{name} of the processor, a {type_name(given)}, cannot be read: {type_name(error)}") from error
 
 
 def call(process: Any, batch: Batch[Any]) -> tuple[Any, BaseException | None]:

@@ -88,7 +88,7 @@ class Intake:
             if job.place == QUEUED:
                 try:
                     self.store.put(job)
-                except Exception:
+                except BaseException:
                     # Full: a job of the open batch had left the queue, and another one has its place there.
                     self.open.append(job)
             elif job.place == WAITING and isinstance(job.undecided, Undecided):

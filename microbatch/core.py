@@ -58,6 +58,9 @@ _log = Log("microbatch")
 CANCELLED = JobStatus.CANCELLED
 CANCELLED_VERDICT: Verdict = (CANCELLED, None, None)
 
+_FREE_SETBACKS = 3
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0  # seconds
+
 # Every core that may have something to drain at exit or to forget in a forked child.
 cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
@@ -127,8 +130,10 @@ class Core:
         self.touched = False  # the processor was opened or called, so it is to be closed
         self.own: set[int] = set()  # idents of the threads that must not wait for themselves
         # Ended by no worker. False: the future is to be concluded; True: callbacks and events are still to come.
-        self.owed: dict[Job, bool] = {}
+        # A number above that is how often those were begun.
+        self.owed: dict[Job, int] = {}
         self.teller: Any = None  # the thread that runs those
+        self.worker_setbacks, self.supervisor_setbacks = Setbacks(), Setbacks()
         self.flushed = 0
         self.abandon_at: float = NEVER
         self.undelivered: list[Any] = []
@@ -260,6 +265,7 @@ class Core:
     def find(self, job_id: str) -> JobFuture[Any]:
         if not isinstance(job_id, str):
             raise TypeError(f"job_id must be a string, not {job_id!r}")
+        job_id = str.__str__(job_id)  # see `submit`
         self.check_process()
         with self.lock:
             future = self.registry.find(job_id, self.clock())
@@ -383,6 +389,26 @@ class Core:
                 _log.of(self.options.name).exception(
                     "no thread can be started in the place of a dead one; jobs end at their deadlines"
                 )
+
+
+class Setbacks:
+    """How often in a row threads of one kind were hit before they got anything done: after a few of them they pause,
+    so that what hits them every time leaves the processor to others.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> None:
+        self.count += 1
+
+    def pause(self) -> None:
+        over = self.count - _FREE_SETBACKS
+        if over > 0:
+            Token().take(min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2 ** min(over, 10)))
+
+    def forget(self) -> None:
+        self.count = 0
 
 
 class DeathWatch:

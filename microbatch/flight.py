@@ -11,8 +11,9 @@ from typing import Any
 from . import job as job_module
 from .collector import Undecided
 from .core import Core
-from .errors import OutcomeUnknown, WorkerDied
+from .errors import WorkerDied
 from .events import BatchCompleted, BatchFailed, Event, JobCompleted, JobRetrying
+from .foreign import is_unknown, type_name
 from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
 from .judge import Again, Answer, Outcome, Retried
 from .logs import Log
@@ -189,7 +190,7 @@ class Flight:
         return [
             job
             for job in self.jobs
-            if job.verdict is not None and (id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))
+            if job.verdict is not None and (id(job.verdict) in own or type(job.verdict[2]) is WorkerDied)
         ]
 
     def _resolve(self, job: Job) -> None:
@@ -200,11 +201,13 @@ class Flight:
 def _report(batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
     """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
     if retried:
-        cause = "single jobs failed" if outcome.error is None else type(outcome.error).__name__
+        cause = "single jobs failed" if outcome.error is None else type_name(outcome.error)
         delay = retried[0][2]
-        _log.warning("batch %s: %s; %d jobs are tried again in %.2f s", batch.id, cause, len(retried), delay)
-    elif isinstance(outcome.error, OutcomeUnknown):
-        kind = type(outcome.error).__name__
-        _log.error("batch %s: the outcome of its %d jobs is unknown (%s)", batch.id, len(batch), kind)
+        line = "batch %s: %s; %d jobs are tried again in %.2f s"
+        _log.warning(line, batch.id, cause, len(retried), delay)
+    elif outcome.error is not None and is_unknown(outcome.error):
+        line = "batch %s: the outcome of its %d jobs is unknown (%s)"
+        _log.error(line, batch.id, len(batch), type_name(outcome.error))
     if outcome.late:
-        _log.warning("batch %s: %d results came after their jobs had an outcome; dropped", batch.id, outcome.late)
+        line = "batch %s: %d results came after their jobs had an outcome; dropped"
+        _log.warning(line, batch.id, outcome.late)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import logging
 import os
 import sys
 import threading
@@ -13,7 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-from .errors import OutcomeUnknown
+from .foreign import is_unknown, type_name
 from .interpreter import (
     CANCELLED,
     CANCELLED_AND_NOTIFIED,
@@ -25,10 +24,11 @@ from .interpreter import (
     Waiters,
     future_is_known,
 )
+from .logs import Contained
 
 R = TypeVar("R")
 
-_log = logging.getLogger("concurrent.futures")
+_log = Contained("concurrent.futures")
 
 
 class JobStatus(str, enum.Enum):
@@ -275,9 +275,9 @@ class JobFuture(Future[R]):
     def __repr__(self) -> str:
         state, answer = self._state, ""
         if state == FINISHED and self._exception is not None:
-            answer = f" raised {type(self._exception).__name__}"
+            answer = f" raised {type_name(self._exception)}"
         elif state == FINISHED:
-            answer = f" returned {type(self._result).__name__}"
+            answer = f" returned {type_name(self._result)}"
         return f"<{type(self).__name__} at {id(self):#x} state={_STATE_WORDS[state]}{answer}>"
 
     def _run_callbacks(self) -> None:
@@ -457,7 +457,7 @@ def status_of(error: BaseException | None) -> JobStatus:
     """The status of a finished job that carries *error*."""
     if error is None:
         return COMPLETED
-    return UNKNOWN if isinstance(error, OutcomeUnknown) else FAILED
+    return UNKNOWN if is_unknown(error) else FAILED
 
 
 class _PlainFuture:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from .errors import OutcomeUnknown, ProcessorContractError
+from .errors import ProcessorContractError
+from .foreign import copied, is_error, is_ordinary, is_unknown, name_batch, type_name
 from .job import COMPLETED, Job, Verdict, status_of
 from .logs import Log
 from .protocols import Batch
@@ -64,38 +65,34 @@ class Judge:
             if isinstance(results, (str, bytes, bytearray, memoryview)) or not isinstance(results, Sequence):
                 problem = f"the processor returned {_kind(results)}"
             else:
-                values = tuple(results)
+                values = _values(results, len(jobs))
                 if len(values) != len(jobs):
-                    problem = f"the processor returned {len(values)} results"
+                    problem = f"the processor returned {_count(results, values)} results"
         except BaseException as exc:
             # A stranger's code: were it let through, a KeyboardInterrupt would look like one of this thread's own.
-            problem = f"reading the processor's results raised {type(exc).__name__}"
+            problem = f"reading the processor's results raised {type_name(exc)}"
         if problem is not None:
             error = ProcessorContractError(
                 f"{problem} for a batch of {len(jobs)}; return one result per job, in their order, or None",
                 batch_id=batch.id,
             )
             return self.failure(batch, jobs, error), 0, error
-        # By type: `isinstance` would ask the value for its `__class__`, which a proxy may refuse.
-        errors = {kind for kind in set(map(type, values)) if issubclass(kind, BaseException)}
-        if not errors:
+        if not _any_error(values):
             return [(COMPLETED, value, None) for value in values], 0, None
         return (
             [
-                self._single(batch, job, value) if type(value) in errors else (COMPLETED, value, None)
-                for job, value in zip(jobs, _unshared(values, errors), strict=True)
+                self._single(batch, job, value) if is_error(value) else (COMPLETED, value, None)
+                for job, value in zip(jobs, _unshared(values), strict=True)
             ],
-            sum(type(value) in errors for value in values),
+            sum(map(is_error, values)),
             None,
         )
 
     def failure(self, batch: Batch[Any], jobs: Sequence[Job], error: BaseException) -> list[Answer]:
         """The answers when the processor raised: each job gets an error of its own."""
-        if isinstance(error, OutcomeUnknown):
-            if error.batch_id is None:
-                error.batch_id = batch.id
-            if self._undecided(error) and self._allows(batch.attempt):
-                return [Again(error, undecided=True)] * len(jobs)
+        name_batch(error, batch.id)
+        if is_unknown(error) and self._undecided(error) and self._allows(batch.attempt):
+            return [Again(error, undecided=True)] * len(jobs)
         again = self._decided_and_retryable(error)
         return [
             Again(own) if again and self._allows(job.attempts) else (status_of(own), None, own)
@@ -103,8 +100,7 @@ class Judge:
         ]
 
     def _single(self, batch: Batch[Any], job: Job, error: BaseException) -> Answer:
-        if isinstance(error, OutcomeUnknown) and error.batch_id is None:
-            error.batch_id = batch.id
+        name_batch(error, batch.id)
         if self._decided_and_retryable(error) and self._allows(job.attempts):
             return Again(error)
         return (status_of(error), None, error)
@@ -112,12 +108,12 @@ class Judge:
     def _allows(self, attempts: int) -> bool:
         return self._retry is not None and self._retry.allows(attempts)
 
-    def _undecided(self, error: OutcomeUnknown) -> bool:
+    def _undecided(self, error: BaseException) -> bool:
         """Only the processor may say "try me again" of an unknown outcome: nobody else knows that it cannot double."""
-        return self._ask(self._is_retryable, error) and not isinstance(error, ProcessorContractError)
+        return self._ask(self._is_retryable, error) and not issubclass(type(error), ProcessorContractError)
 
     def _decided_and_retryable(self, error: BaseException) -> bool:
-        if self._retry is None or isinstance(error, OutcomeUnknown) or not isinstance(error, Exception):
+        if self._retry is None or is_unknown(error) or not is_ordinary(error):
             return False
         return self._ask(self._retry.matches, error) or self._ask(self._is_retryable, error)
 
@@ -127,7 +123,7 @@ class Judge:
         try:
             return bool(question(error))
         except BaseException:
-            _log.exception("asking whether %s is retryable failed; it is not retried", type(error).__name__)
+            _log.exception("asking whether %s is retryable failed; it is not retried", type_name(error))
             return False
 
 
@@ -138,32 +134,42 @@ def _own_errors(error: BaseException) -> Iterator[BaseException]:
         yield copied(error)
 
 
-def _unshared(values: Iterable[Any], errors: set[type]) -> Iterator[Any]:
-    """*values*, with copies where one exception stands for several jobs; *errors* are the types of exceptions."""
+# Sequences of which the interpreter alone says how long they are.
+_WHOLE = (list, tuple)
+
+
+def _values(results: Sequence[Any], expected: int) -> tuple[Any, ...]:
+    """*results*; of a stranger's sequence, which may have no end, one more than *expected* at most."""
+    return tuple(results if type(results) in _WHOLE else islice(results, expected + 1))
+
+
+def _count(results: Sequence[Any], values: tuple[Any, ...]) -> str:
+    return f"{'' if type(results) in _WHOLE else 'at least '}{len(values)}"
+
+
+def _any_error(values: tuple[Any, ...]) -> bool:
+    # By type, for `isinstance` would ask the value for its `__class__`, which a proxy may refuse; and types are told
+    # apart by `is`, for a metaclass may refuse to be hashed.
+    seen: type | None = None
+    for value in values:
+        if type(value) is not seen:
+            seen = type(value)
+            if issubclass(seen, BaseException):
+                return True
+    return False
+
+
+def _unshared(values: Iterable[Any]) -> Iterator[Any]:
+    """*values*, with copies where one exception stands for several jobs."""
     seen: set[int] = set()
     for value in values:
-        if type(value) in errors:
+        if is_error(value):
             yield copied(value) if id(value) in seen else value
             seen.add(id(value))
         else:
             yield value
 
 
-def copied(error: BaseException) -> BaseException:
-    """A copy of the same type, arguments and attributes; the same instance, traceback trimmed, if it resists."""
-    try:
-        twin = copy.copy(error)
-        alike = type(twin) is type(error) and twin is not error and bool(twin.args == error.args)
-    except BaseException:
-        alike = False
-    if not alike:
-        return error.with_traceback(None)
-    twin.__cause__ = error.__cause__
-    twin.__context__ = error.__context__
-    twin.__suppress_context__ = error.__suppress_context__
-    return twin.with_traceback(error.__traceback__)
-
-
 def _kind(results: object) -> str:
-    name = type(results).__name__
+    name = type_name(results)
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -24,11 +24,28 @@ def name_thread(name: str) -> str:
     return before
 
 
-class Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11 only
+class Contained(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11 only
+    """A logger that never raises: a handler that does, or an exception that cannot be printed, costs the line."""
+
+    def __init__(self, logger: str) -> None:
+        super().__init__(logging.getLogger(logger), {})
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        try:
+            super().log(level, msg, *args, **{"stacklevel": 2, **kwargs})
+        except BaseException as failure:
+            # On the main thread it may be the user's.
+            if type(failure) is KeyboardInterrupt and threading.current_thread() is threading.main_thread():
+                raise
+            if kwargs.pop("exc_info", None):
+                self.log(level, f"{msg} (its traceback cannot be written)", *args, **kwargs)
+
+
+class Log(Contained):
     """A logger of this library, for the batcher *name*; without one for the thread's."""
 
     def __init__(self, logger: str, name: str | None = None) -> None:
-        super().__init__(logging.getLogger(logger), {})
+        super().__init__(logger)
         self._name = name
 
     def of(self, name: str) -> Log:

@@ -19,6 +19,9 @@ from .telling import conclude, run_callbacks, tell_cancelled, tell_failed
 
 _log = Log("microbatch")
 
+# So often an end is told that an interruption hits in the middle.
+_ATTEMPTS = 3
+
 
 def overdue(core: Core, jobs: list[Job], now: float) -> None:
     """Under the lock: end those of *jobs* whose deadline has passed."""
@@ -176,12 +179,30 @@ def _tell_owed(core: Core) -> None:
 def _tell_all_owed(core: Core) -> None:
     while untold := _untold(core):
         for job in untold:
-            run_callbacks(job.future)
-            if job not in core.owed:
-                return  # a child forked inside a callback: what is left is its parent's
-            _tell_end(core, job)
-            job.payload = None
-            core.owed.pop(job, None)
+            if not _tell_job(core, job):
+                return
+
+
+def _tell_job(core: Core, job: Job) -> bool:
+    """Callbacks and event of *job*; False in a child forked inside of them: what is left is its parent's."""
+    if job not in core.owed:
+        return False
+    # Counted before it is begun: one that fails every time must not keep this thread for ever.
+    begun = core.owed[job] = core.owed.get(job, 1) + 1
+    try:
+        run_callbacks(job.future)
+        if job not in core.owed:
+            return False
+        _tell_end(core, job)
+    except BaseException:
+        _log.of(core.options.name).exception(
+            "telling the end of a job failed (%d of %d attempts)", begun - 1, _ATTEMPTS
+        )
+        if begun <= _ATTEMPTS:
+            return True
+    job.payload = None
+    core.owed.pop(job, None)
+    return True
 
 
 def _untold(core: Core) -> list[Job]:
@@ -202,7 +223,7 @@ def _tell_end(core: Core, job: Job) -> None:
         _log.of(core.options.name).exception("a listener failed on JobCancelled")
 
 
-def _concluded(owed: list[tuple[Job, bool]]) -> list[Job]:
+def _concluded(owed: list[tuple[Job, int]]) -> list[Job]:
     return [job for job, concluded in owed if concluded]
 
 

@@ -143,7 +143,7 @@ class Store:
                 taken.append(self.target.get_nowait())
         except queue.Empty:
             pass
-        except Exception:
+        except BaseException:
             if not taken:
                 raise
         return taken
@@ -178,8 +178,8 @@ def _contained(take: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
 
     def contained(n: int) -> list[Any]:
         try:
-            return [item for item in take(n) if isinstance(item, Job)]
-        except Exception:
+            return [item for item in take(n) if type(item) is Job]
+        except BaseException:
             _log.exception("the queue failed; what it does not give ends at its deadline")
             return []
 
@@ -189,8 +189,8 @@ def _contained(take: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
 def _sized(size: Callable[[], int]) -> Callable[[], int]:
     def contained() -> int:
         try:
-            return size()
-        except Exception:
+            return int(size())
+        except BaseException:
             _log.exception("the queue's qsize() failed; its jobs end at their deadlines")
             return 0
 

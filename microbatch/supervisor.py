@@ -59,13 +59,16 @@ class Supervisor:
                     pass
                 return
             except BaseException:
+                self.core.supervisor_setbacks.add()
                 self._recover()
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
+                self.core.supervisor_setbacks.pause()
 
     def _round(self) -> bool:
         # In a child forked on this thread another one has the place, or will have it.
         if not self.check() or self.core.supervisor is not self:
             return False
+        self.core.supervisor_setbacks.forget()
         self._sleep()
         return True
 
@@ -193,6 +196,7 @@ def supervise(core: Core, watch: DeathWatch) -> None:
     try:
         supervisor = watch.holder = Supervisor(core)
         if supervisor.claim():
+            core.supervisor_setbacks.pause()
             supervisor.run()
             # The next submit starts another one, should it ever come to that.
             core.ready = False

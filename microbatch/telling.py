@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .events import BatchStarted, JobCancelled, JobFailed, Listeners
+from .foreign import batch_id_of
 from .interpreter import CANCELLED_AND_NOTIFIED, FINISHED
 from .job import Job, JobFuture, JobStatus
 from .logs import Log
@@ -56,7 +57,8 @@ def tell_failed(
     error = job.verdict[2] if job.verdict is not None else None
     if error is None or not listeners.want(JobFailed):
         return
-    batch_id = getattr(error, "batch_id", None) or batch_id
+    named = batch_id_of(error)
+    batch_id = batch_id if named is None else named
     age = ended - job.submitted
     waited = None if began is None else began - job.submitted
     facts = (job.payload, job.future._job_id, job.attempts, batch_id, error, age, waited)

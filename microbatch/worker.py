@@ -22,6 +22,7 @@ from .collector import NEVER, Collected, Undecided, Wait, collect_batch
 from .core import Core, DeathWatch
 from .events import BatchStarted
 from .flight import Flight
+from .foreign import is_ordinary, type_name
 from .job import HANDED_OVER, TAKEN
 from .judge import Judge, Outcome
 from .logs import Log, name_thread
@@ -62,9 +63,11 @@ class Worker(Flight):
                     pass
                 return
             except BaseException:
+                self.core.worker_setbacks.add()
                 # Before the line in the log: a handler may block, and what this thread held must not wait for it.
                 self.recover()
                 _log.exception("%s was interrupted; it goes on", self.thread.name)
+                self.core.worker_setbacks.pause()
 
     def turn(self, wait: bool = True) -> bool:
         """One batch from collecting to its last event; False when there is none (any more, with *wait*)."""
@@ -75,6 +78,7 @@ class Worker(Flight):
         outcome = self._process(collected)
         if self in self.core.workers:  # a child forked inside the processor has no part in this batch
             self.settle(outcome)
+        self.core.worker_setbacks.forget()
         return True
 
     # Collecting: one worker at a time, the others follow on the lock `collecting`.
@@ -190,7 +194,7 @@ class Worker(Flight):
             if error is None:
                 answers, alone, error = self.judge.results(batch, self.jobs, results)
                 return Outcome(answers, began, error, alone)
-            if not isinstance(error, Exception):
+            if not is_ordinary(error):
                 # It may come from outside, before the processor could look what became of the first attempt.
                 error = self._still_undecided(collected.undecided, error)
         return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
@@ -214,7 +218,8 @@ class Worker(Flight):
         """If the processor has not seen this attempt of a batch that comes back, its fate is as undecided as before."""
         if undecided is None:
             return error
-        _log.warning("batch %s: %s before the processor took it up again", undecided.batch_id, type(error).__name__)
+        line = "batch %s: %s before the processor took it up again"
+        _log.warning(line, undecided.batch_id, type_name(error))
         errors = (job.error for job in self.jobs if job.verdict is None and job.error is not None)
         return next(errors, error)
 
@@ -225,6 +230,7 @@ def work(core: Core, watch: DeathWatch) -> None:
     try:
         worker = watch.holder = Worker(core)
         if worker.claim():
+            core.worker_setbacks.pause()
             worker.run()
             leave(worker)
         watch.left = True

@@ -43,6 +43,52 @@ class Break:
 
 BREAKS = (
     Break(
+        "a copy of an exception is written to as it likes",
+        "P3",
+        "foreign.py",
+        (
+            (
+                "        _own[name].__set__(twin, _get(name, error))\n",
+                "        setattr(twin, name, getattr(error, name))\n",
+            ),
+        ),
+        ("test_foreign.py::test_P3_a_strangers_exception_that_is_returned_fails_its_own_jobs_alone",),
+    ),
+    Break(
+        "a failed job's exception is asked for a batch as it likes",
+        "P1",
+        "foreign.py",
+        (
+            (
+                "    try:\n        return getattr(value, name, None)\n    except BaseException:\n        return None\n",
+                "    return getattr(value, name, None)\n",
+            ),
+            ('attribute(error, "batch_id") if is_unknown(error) else None', 'attribute(error, "batch_id")'),
+        ),
+        ("test_foreign.py::test_P1_a_strangers_exception_that_is_raised_reaches_every_job_of_its_batch",),
+    ),
+    Break(
+        "an exception is what it says it is",
+        "P3",
+        "foreign.py",
+        (("    return issubclass(type(error), OutcomeUnknown)\n", "    return isinstance(error, OutcomeUnknown)\n"),),
+        ("test_foreign.py::test_P3_a_strangers_exception_that_is_returned_fails_its_own_jobs_alone",),
+    ),
+    Break(
+        "what cannot be told is told for ever",
+        "P1",
+        "owed.py",
+        (("        if begun <= _ATTEMPTS:\n            return True\n", "        return True\n"),),
+        ("test_foreign.py::test_P1_an_event_that_cannot_be_told_is_tried_and_dropped",),
+    ),
+    Break(
+        "a thread that dies at once is replaced at once",
+        "P1",
+        "core.py",
+        (("        over = self.count - _FREE_SETBACKS\n", "        over = 0\n"),),
+        ("test_foreign.py::test_P1_what_kills_every_worker_at_once_does_not_keep_a_processor_busy",),
+    ),
+    Break(
         "no pid check",
         "P7",
         "core.py",
@@ -305,8 +351,8 @@ BREAKS = (
         "job.py",
         (
             (
-                '                except BaseException:\n                    _log.exception("exception calling callback',
-                '                except Exception:\n                    _log.exception("exception calling callback',
+                '                except BaseException:\n                    _log.exception("exception calling',
+                '                except Exception:\n                    _log.exception("exception calling',
             ),
         ),
         ("test_batcher.py::test_P1_what_listeners_and_callbacks_raise_changes_nothing[SystemExit]",),
@@ -342,8 +388,8 @@ BREAKS = (
         "judge.py",
         (
             (
-                "if self._retry is None or isinstance(error, OutcomeUnknown) or not isinstance(error, Exception):",
-                "if self._retry is None or not isinstance(error, Exception):",
+                "if self._retry is None or is_unknown(error) or not is_ordinary(error):",
+                "if self._retry is None or not is_ordinary(error):",
             ),
         ),
         ("test_judge.py::test_P4_retry_on_does_not_cover_an_unknown_outcome",),
@@ -404,7 +450,7 @@ BREAKS = (
         "a dead worker tells what the supervisor has told",
         "P1",
         "flight.py",
-        (("(id(job.verdict) in own or isinstance(job.verdict[2], WorkerDied))", "True"),),
+        (("(id(job.verdict) in own or type(job.verdict[2]) is WorkerDied)", "True"),),
         ("test_supervisor.py::test_what_expired_while_a_worker_held_it_is_told_once_though_the_worker_dies",),
     ),
     Break(

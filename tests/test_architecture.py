@@ -19,6 +19,7 @@ PACKAGE = Path(microbatch.__file__).parent
 # `processors` is one driver each: free inside, without cycles.
 LEVELS = [
     "errors interpreter logs",
+    "foreign",
     "job events retry",
     "protocols",
     "queues registry returning stats calling",

@@ -11,8 +11,9 @@ import pytest
 from naming import named
 
 from microbatch import Batch, JobStatus, OutcomeUnknown, ProcessorContractError, RetryPolicy, WorkerDied
+from microbatch.foreign import copied
 from microbatch.job import Job, JobFuture
-from microbatch.judge import Again, Answer, Judge, copied
+from microbatch.judge import Again, Answer, Judge
 
 
 def a_batch(n: int = 3, attempt: int = 1) -> tuple[Batch[Any], list[Job]]:

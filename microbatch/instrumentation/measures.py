@@ -11,8 +11,8 @@ from typing import Any
 
 from microbatch.batcher import MicroBatcher
 from microbatch.core import Core
-from microbatch.errors import OutcomeUnknown
 from microbatch.events import BatchCompleted, BatcherShutDown, BatchFailed, JobCompleted, JobFailed
+from microbatch.foreign import is_unknown
 from microbatch.stats import TRIGGERS, Stats
 
 OUTCOMES = ("completed", "failed", "cancelled", "unknown")
@@ -152,7 +152,7 @@ class Watcher:
 
     def _failed(self, event: JobFailed) -> None:
         with writing:
-            self.latency(event.seconds, "unknown" if isinstance(event.error, OutcomeUnknown) else "failed")
+            self.latency(event.seconds, "unknown" if is_unknown(event.error) else "failed")
             if event.attempt == 1 and event.waited is not None:
                 self.wait(event.waited)
 

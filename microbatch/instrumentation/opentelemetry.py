@@ -25,6 +25,7 @@ from microbatch.events import (
     BatchStarted,
     JobFailed,
 )
+from microbatch.foreign import attribute, full_name, type_name
 from microbatch.job import JobFuture
 from microbatch.stats import Stats
 
@@ -142,7 +143,7 @@ class _Tracing:
             # The processor could not be opened for it, so it never began.
             began = time.time_ns()
             here = _Open(os.getpid(), event.batch_id, self._start(event, began, ()), None, began)
-        here.span.set_status(trace.StatusCode.ERROR, type(event.error).__name__)
+        here.span.set_status(trace.StatusCode.ERROR, type_name(event.error))
         here.span.set_attributes(_facts(event.error))
         self._end(here, event.seconds)
 
@@ -184,10 +185,9 @@ def _traced_future(core: Core) -> JobFuture[Any]:
 
 
 def _facts(error: BaseException) -> dict[str, str]:
-    kind = type(error)
-    sqlstate = getattr(error, "sqlstate", None)
-    facts = {"error.type": f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")}
-    return facts if sqlstate is None else {**facts, "db.response.status_code": str(sqlstate)}
+    sqlstate = attribute(error, "sqlstate")
+    facts = {"error.type": full_name(error)}
+    return {**facts, "db.response.status_code": sqlstate} if type(sqlstate) is str else facts
 
 
 # Metrics.
