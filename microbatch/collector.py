@@ -18,15 +18,36 @@ _LEFTOVERS = 10_000
 
 @dataclass(slots=True)
 class Undecided:
-    """A batch whose fate nobody knows yet: retried unchanged, alone, with its id."""
+    """A batch whose fate nobody knows yet: retried unchanged, alone, with its id.
+
+    Where it *left_nothing*, that is known, and only its company is kept: the jobs that ended meanwhile stay away.
+    *since* is the number of attempts that its jobs had before they were this batch.
+    """
 
     jobs: list[Job]
     payloads: tuple[Any, ...]
     batch_id: str
     attempt: int
+    left_nothing: bool = False
+    since: int = 0
 
     def alive(self) -> bool:
         return any(job.verdict is None for job in self.jobs)
+
+    def members(self, now: float) -> list[Job]:
+        """Who comes back: everyone; where nothing was left, who may still be done and has gone nowhere else."""
+        if not self.left_nothing:
+            return self.jobs
+        return [
+            job
+            for job in self.jobs
+            if job.verdict is None and job.deadline > now and job.undecided is self and job.place == WAITING
+        ]
+
+
+def is_undecided(job: Job) -> bool:
+    """Whether *job* may have been done by an attempt that is over."""
+    return isinstance(job.undecided, Undecided) and not job.undecided.left_nothing
 
 
 @dataclass(slots=True)
@@ -96,7 +117,7 @@ class Intake:
             elif job.place == WAITING:
                 self.wait_until(job.due, job)
         for batch in undecided.values():
-            self.wait_until(batch.jobs[0].due, batch)
+            self.wait_until(min(job.due for job in batch.jobs if job.undecided is batch), batch)
 
 
 def collect_batch(
@@ -121,7 +142,7 @@ def collect_batch(
             return held
     undecided = _pop_due(intake, now, max_batch_size)
     if undecided is not None:
-        return Collected(undecided.jobs, "retry", undecided)
+        return Collected(undecided.members(now), "retry", undecided)
     _fill(intake, now, max_batch_size)
     due = intake.heap[0][0] if intake.heap else NEVER
     if not intake.open:
@@ -156,7 +177,7 @@ def _pop_due(intake: Intake, now: float, max_batch_size: int) -> Undecided | Non
         item = intake.heap[0][2]
         if isinstance(item, Undecided):
             heapq.heappop(intake.heap)
-            if item.alive():
+            if item.alive() and item.members(now):
                 return item
             continue
         if item.verdict is None:

@@ -6,6 +6,7 @@ Every error here that is no `OutcomeUnknown` means that the job left no trace an
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 
 
 class MicrobatchError(Exception):
@@ -62,3 +63,24 @@ class ForkedError(OutcomeUnknown, RuntimeError):
 
 class WorkerDied(OutcomeUnknown):
     """The worker thread was hit by an exception from outside while the processor held the job."""
+
+
+_PARTS = "_microbatch_parts"
+
+
+def in_parts(error: BaseException, parts: Sequence[tuple[str, int]]) -> None:
+    """Have the batch that fails with *error* come back in *parts*, if it comes back.
+
+    For processors of this library. A part is the id of a batch and how many jobs, in their order, it has. Each comes
+    back alone; the jobs that ended meanwhile are left out, for the error says that nothing was written.
+    """
+    error.__dict__[_PARTS] = tuple(parts)
+
+
+def parts_of(error: BaseException) -> tuple[tuple[str, int], ...]:
+    """What `in_parts` said of *error*; empty where the jobs come back each for itself."""
+    try:
+        found = vars(error).get(_PARTS, ())
+    except BaseException:  # an exception that is a stranger's may look after its attributes itself
+        return ()
+    return found if type(found) is tuple else ()

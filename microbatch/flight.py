@@ -6,6 +6,7 @@ The numbers are those of the invariants in `worker`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import job as job_module
@@ -74,9 +75,8 @@ class Flight:
         retried: list[Retried] = []
         # One delay for the whole batch: what failed together comes back together.
         delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
-        first = outcome.answers[0] if outcome.answers else None
-        together = isinstance(first, Again) and first.undecided
-        undecided = Undecided(self.jobs, batch[:], batch.id, batch.attempt) if together else None
+        groups = {} if outcome.error is None else self._groups(batch, outcome.answers)
+        delays = {group.batch_id: self._delay(group) for group in groups.values()}
         with core.lock:
             now = outcome.ended = core.clock()
             self._count(outcome, now)
@@ -87,12 +87,14 @@ class Flight:
                     if job.verdict is not None:
                         outcome.late += 1
                     elif isinstance(answer, Again):
-                        self._postpone(job, answer, now + delay, undecided)
-                        retried.append((job, answer.error, delay))
+                        group = groups.get(answer.batch_id)
+                        wait = delay if group is None else delays[group.batch_id]
+                        self._postpone(job, answer, now + wait, group)
+                        retried.append((job, answer.error, wait))
                     else:
                         core.end(job, answer)
-            if retried and undecided is not None:
-                core.intake.wait_until(now + delay, undecided)
+            if retried and groups:
+                self._await(groups)
             core.counters.late_results += outcome.late
             core.counters.retries += len(retried)
             if retried:
@@ -100,6 +102,35 @@ class Flight:
             outcome.backlog = len(core.outstanding) - len(core.intake.heap)
             core.after_ends()
         return retried
+
+    def _groups(self, batch: Batch[Any], answers: Sequence[Answer]) -> dict[str | None, Undecided]:
+        """The batches that come back, by id; what is retried job by job is in none."""
+        before = self.jobs[0].undecided
+        members: dict[str, list[int]] = {}
+        for i, answer in enumerate(answers):
+            if isinstance(answer, Again) and answer.batch_id is not None:
+                members.setdefault(answer.batch_id, []).append(i)
+        groups: dict[str | None, Undecided] = {}
+        for batch_id, positions in members.items():
+            again = answers[positions[0]]
+            assert isinstance(again, Again)
+            is_same = isinstance(before, Undecided) and before.batch_id == batch_id
+            since = before.since if is_same else batch.attempt if batch_id != batch.id else 0  # type: ignore[attr-defined]
+            jobs, payloads = [self.jobs[i] for i in positions], tuple([batch[i] for i in positions])
+            groups[batch_id] = Undecided(jobs, payloads, batch_id, batch.attempt, not again.undecided, since)
+        return groups
+
+    def _delay(self, group: Undecided) -> float:
+        """A batch that was split off waits as one that failed for the first time."""
+        retry = self.core.options.retry
+        return 0.0 if retry is None else retry.delay(max(1, group.attempt - group.since))
+
+    def _await(self, groups: Mapping[str | None, Undecided]) -> None:
+        """Under the lock. Not one whose jobs all have an outcome, which was never postponed."""
+        for group in groups.values():
+            waiting = [job for job in group.jobs if job.undecided is group]
+            if waiting:
+                self.core.intake.wait_until(waiting[0].due, group)
 
     def _count(self, outcome: Outcome, now: float) -> None:
         counters = self.core.counters

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .errors import ProcessorContractError
+from .errors import ProcessorContractError, parts_of
 from .foreign import copied, is_error, is_ordinary, is_unknown, name_batch, type_name
 from .job import COMPLETED, Job, Verdict, status_of
 from .logs import Log
@@ -18,13 +18,17 @@ _log = Log("microbatch.judge")
 
 
 class Again:
-    """Instead of a verdict: another attempt. *undecided*: of the whole batch, unchanged."""
+    """Instead of a verdict: another attempt. *undecided*: of the whole batch, unchanged.
 
-    __slots__ = ("error", "undecided")
+    Jobs with the same *batch_id* come back together and alone, as the batch of that id.
+    """
 
-    def __init__(self, error: BaseException, undecided: bool = False) -> None:
+    __slots__ = ("batch_id", "error", "undecided")
+
+    def __init__(self, error: BaseException, undecided: bool = False, batch_id: str | None = None) -> None:
         self.error = error
         self.undecided = undecided
+        self.batch_id = batch_id
 
 
 Answer = Verdict | Again
@@ -92,11 +96,13 @@ class Judge:
         """The answers when the processor raised: each job gets an error of its own."""
         name_batch(error, batch.id)
         if is_unknown(error) and self._undecided(error) and self._allows(batch.attempt):
-            return [Again(error, undecided=True)] * len(jobs)
+            return [Again(error, undecided=True, batch_id=batch.id)] * len(jobs)
         again = self._decided_and_retryable(error)
         return [
-            Again(own) if again and self._allows(job.attempts) else (status_of(own), None, own)
-            for job, own in zip(jobs, _own_errors(error), strict=False)
+            Again(own, batch_id=batch_id)
+            if again and (self._allows(job.attempts) or batch_id not in (None, batch.id))
+            else (status_of(own), None, own)
+            for job, own, batch_id in zip(jobs, _own_errors(error), _batch_ids(error, len(jobs)), strict=False)
         ]
 
     def _single(self, batch: Batch[Any], job: Job, error: BaseException) -> Answer:
@@ -125,6 +131,15 @@ class Judge:
         except BaseException:
             _log.exception("asking whether %s is retryable failed; it is not retried", type_name(error))
             return False
+
+
+def _batch_ids(error: BaseException, count: int) -> list[str | None]:
+    """The batch that each of *count* jobs comes back in; None where each is for itself.
+
+    A batch that is split has another attempt in any case: without it the innocent would fail with the culprit.
+    """
+    batch_ids = [batch_id for batch_id, size in parts_of(error) for _ in range(size)]
+    return list(batch_ids) if len(batch_ids) == count else [None] * count
 
 
 def _own_errors(error: BaseException) -> Iterator[BaseException]:

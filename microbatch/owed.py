@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 
-from .collector import Undecided
+from .collector import Undecided, is_undecided
 from .core import CANCELLED_VERDICT, Core
 from .errors import BatcherClosed, DeliveryTimeout, OutcomeUnknown
 from .events import JobCancelled, JobFailed
@@ -43,7 +43,7 @@ def _deadline_error(core: Core, job: Job) -> BaseException:
             f"the processor still held the job at its deadline, {age:g} s after submit",
             batch_id=batch_of(core, job),
         )
-    if job.undecided is not None:
+    if is_undecided(job):
         return _caused(
             OutcomeUnknown(
                 f"the fate of the job's batch was still undecided at its deadline, {age:g} s after submit",
@@ -60,7 +60,7 @@ def abandon_all(core: Core) -> None:
     for job in list(core.outstanding.values()):
         core.undelivered.append(job.payload)
         core.owed[job] = False
-        if job.place == HANDED_OVER or job.undecided is not None:
+        if job.place == HANDED_OVER or is_undecided(job):
             error: BaseException = OutcomeUnknown(
                 "the batcher's shutdown timed out while the processor held the job",
                 batch_id=batch_of(core, job),
@@ -83,7 +83,7 @@ def cancel_all(core: Core) -> None:
                 job.future._mark_cancelled()
                 core.buried()
                 continue
-            if job.undecided is not None:
+            if is_undecided(job):
                 error: BaseException = OutcomeUnknown(
                     "the batcher was shut down before the fate of the job's batch was known",
                     batch_id=batch_of(core, job),

@@ -21,7 +21,8 @@ class RetryPolicy:
     jitter). A failure is retried if the processor's `is_retryable` says so, or *retry_on* does.
 
     Args:
-        max_attempts: attempts in all, the first included; None leaves the bound to `delivery_timeout`.
+        max_attempts: attempts in all, the first included; None leaves the bound to `delivery_timeout`. A batch that is
+            split to find the job that breaks its link has those that this takes.
         backoff: seconds.
         backoff_max: seconds.
         retry_on: exception types, or a predicate on the exception. An `OutcomeUnknown` is retried on the

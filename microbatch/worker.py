@@ -145,7 +145,8 @@ class Worker(Flight):
     def _hand_over(self, collected: Collected, place: int) -> None:
         """Under the lock: make the batch. A batch that comes back is unchanged, jobs that ended meanwhile included."""
         core, undecided = self.core, collected.undecided
-        if undecided is None:
+        unchanged = undecided is not None and not undecided.left_nothing
+        if not unchanged:
             self.jobs = collected.jobs = [job for job in collected.jobs if job.verdict is None]
             if not self.jobs:
                 return
@@ -161,7 +162,7 @@ class Worker(Flight):
                 if job.deadline < deadline:
                     deadline = job.deadline
         self.batch = Batch(
-            [job.payload for job in self.jobs] if undecided is None else undecided.payloads,
+            undecided.payloads if undecided is not None and unchanged else [job.payload for job in self.jobs],
             id=next(core.batch_ids) if undecided is None else undecided.batch_id,
             attempt=attempt if undecided is None else undecided.attempt + 1,
             trigger=collected.trigger,
@@ -216,7 +217,7 @@ class Worker(Flight):
 
     def _still_undecided(self, undecided: Undecided | None, error: BaseException) -> BaseException:
         """If the processor has not seen this attempt of a batch that comes back, its fate is as undecided as before."""
-        if undecided is None:
+        if undecided is None or undecided.left_nothing:
             return error
         line = "batch %s: %s before the processor took it up again"
         _log.warning(line, undecided.batch_id, type_name(error))

@@ -398,8 +398,52 @@ BREAKS = (
         "an undecided batch comes back in pieces",
         "P4",
         "flight.py",
-        (("together = isinstance(first, Again) and first.undecided", "together = False"),),
+        (("groups = {} if outcome.error is None else self._groups(batch, outcome.answers)", "groups = {}"),),
         ("test_threads.py::test_p4_an_undecided_batch_comes_back_unchanged_alone_with_its_id",),
+    ),
+    Break(
+        "a part of a batch comes back with jobs that have expired",
+        "P4",
+        "collector.py",
+        (("        if not self.left_nothing:\n            return self.jobs\n", "        return self.jobs\n"),),
+        ("test_collector.py::test_P4_a_part_that_left_nothing_comes_back_alone_without_those_that_ended",),
+    ),
+    Break(
+        "a batch that breaks its link is never split",
+        "P3",
+        "processors/postgres/splitting.py",
+        (("return self._isolates and len(batch) > 1", "return False"),),
+        ("test_postgres_splitting.py::test_P3_a_job_that_breaks_its_link_fails_alone[statement-own]",),
+    ),
+    Break(
+        "a batch with drawn keys that broke its link is only sent again",
+        "P3",
+        "processors/postgres/keyed.py",
+        (("results = retry.look() if only_look and retry.can_look() else retry.run()", "results = retry.run()"),),
+        ("test_postgres_splitting.py::test_P3_a_job_that_breaks_its_link_fails_alone[keys-own]",),
+        40,
+    ),
+    Break(
+        "a crash of another process is held against a job",
+        "P4",
+        "processors/postgres/splitting.py",
+        (("notice.sqlstate in _INNOCENT", "False"),),
+        (
+            "test_postgres_splitting.py"
+            "::test_P4_a_job_alone_is_not_blamed_for_a_server_that_goes_down_under_it[crash-statement]",
+        ),
+        60,
+    ),
+    Break(
+        "a restart of the server is held against a job",
+        "P4",
+        "processors/postgres/splitting.py",
+        (("suspect.left += 1", "suspect.left += 0"),),
+        (
+            "test_postgres_splitting.py"
+            "::test_P4_a_job_alone_is_not_blamed_for_a_server_that_goes_down_under_it[fast-statement]",
+        ),
+        60,
     ),
     Break(
         "an undecided batch that a dead worker had taken comes back in pieces",
@@ -412,7 +456,12 @@ BREAKS = (
         "an undecided batch is decided by a processor that cannot be opened",
         "P4",
         "worker.py",
-        (("        if undecided is None:\n            return error\n", "        return error\n"),),
+        (
+            (
+                "        if undecided is None or undecided.left_nothing:\n            return error\n",
+                "        return error\n",
+            ),
+        ),
         ("test_threads.py::test_p4_a_failing_open_leaves_an_undecided_batch_undecided",),
     ),
     Break(

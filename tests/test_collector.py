@@ -10,7 +10,7 @@ from interrupts import interrupted_everywhere
 
 from microbatch import MemoryQueue
 from microbatch.collector import NEVER, Collected, Intake, Returning, Undecided, Wait, collect_batch
-from microbatch.job import COMPLETED, QUEUED, TAKEN, WAITING, Job, JobFuture
+from microbatch.job import COMPLETED, HANDED_OVER, QUEUED, TAKEN, WAITING, Job, JobFuture
 from microbatch.queues import Store
 
 
@@ -170,6 +170,22 @@ def test_an_undecided_batch_whose_jobs_all_ended_does_not_come_back(desk: Desk) 
     desk.intake.wait_until(5.0, Undecided([job], ("a",), "b-1", 1))
     desk.end(job)
     assert desk.collect(6.0) == Wait(NEVER, 1)
+
+
+def test_P4_a_part_that_left_nothing_comes_back_alone_without_those_that_ended(desk: Desk) -> None:
+    jobs = [desk.postpone(payload, NEVER) for payload in "abcd"]
+    desk.intake.heap.clear()
+    part = Undecided(jobs, ("a", "b", "c", "d"), "b-1.1", 1, left_nothing=True)
+    for job in jobs:
+        job.undecided = part
+    desk.intake.wait_until(5.0, part)
+    desk.accept("new")
+    desk.end(jobs[0])
+    jobs[1].deadline = 5.0
+    jobs[2].place = HANDED_OVER
+    found = collect_batch(desk.intake, 5.0, max_batch_size=10, linger=0.0)
+    assert found == Collected([jobs[3]], "retry", part)
+    assert desk.collect(5.0) == ("idle", ["new"])
 
 
 def test_jobs_that_ended_or_expired_are_not_collected(desk: Desk) -> None:

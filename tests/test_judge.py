@@ -11,6 +11,7 @@ import pytest
 from naming import named
 
 from microbatch import Batch, JobStatus, OutcomeUnknown, ProcessorContractError, RetryPolicy, WorkerDied
+from microbatch.errors import in_parts
 from microbatch.foreign import copied
 from microbatch.job import Job, JobFuture
 from microbatch.judge import Again, Answer, Judge
@@ -184,6 +185,37 @@ def test_a_job_that_failed_alone_may_be_retried_alone() -> None:
 def test_P4_an_undecided_batch_is_tried_again_as_a_whole_on_the_word_of_the_processor() -> None:
     answers = judge(lambda exc: True, RetryPolicy()).failure(*a_batch(), OutcomeUnknown("lost at commit"))
     assert [isinstance(answer, Again) and answer.undecided for answer in answers] == [True] * 3
+
+
+def parts(answers: list[Answer]) -> list[str | None]:
+    return [answer.batch_id if isinstance(answer, Again) else "over" for answer in answers]
+
+
+def test_a_batch_comes_back_in_the_parts_that_its_error_names() -> None:
+    split = ConnectionError("lost")
+    assert parts(judge(lambda exc: True, RetryPolicy()).failure(*a_batch(), split)) == [None] * 3
+    in_parts(split, [("b-1.1", 1), ("b-1.2", 2)])
+    answers = judge(lambda exc: True, RetryPolicy()).failure(*a_batch(), split)
+    assert parts(answers) == ["b-1.1", "b-1.2", "b-1.2"]
+    assert not any(isinstance(answer, Again) and answer.undecided for answer in answers)
+
+
+def test_a_batch_that_is_split_has_another_attempt_and_one_that_is_not_has_its_last() -> None:
+    error = ConnectionError("lost")
+    twice = RetryPolicy(max_attempts=2)
+    for batches, expected in (
+        ([("b-1.1", 1), ("b-1.2", 2)], ["b-1.1", "b-1.2", "b-1.2"]),
+        ([("b-1", 3)], ["over"] * 3),
+    ):
+        in_parts(error, batches)
+        assert parts(judge(lambda exc: True, twice).failure(*a_batch(attempt=2), error)) == expected
+    assert parts(judge(lambda exc: True, None).failure(*a_batch(), error)) == ["over"] * 3
+
+
+def test_parts_that_are_not_the_batch_are_not_followed() -> None:
+    error = ConnectionError("lost")
+    in_parts(error, [("b-1.1", 1), ("b-1.2", 3)])
+    assert parts(judge(lambda exc: True, RetryPolicy()).failure(*a_batch(), error)) == [None] * 3
 
 
 @pytest.mark.parametrize("retry_on", [OutcomeUnknown, Exception, lambda exc: True], ids=named)

@@ -39,6 +39,7 @@ from microbatch import (
     QueueFull,
     RetryPolicy,
 )
+from microbatch.errors import in_parts, parts_of
 from microbatch.supervisor import Supervisor
 
 pytestmark = pytest.mark.timeout(60)
@@ -1721,3 +1722,53 @@ def test_p1_one_id_is_one_job_however_many_threads_submit_it() -> None:
         assert len({id(future) for future in got}) == 40
         assert all(future.job_id == f"job-{future.result(0)}" for future in got)
         assert all(batcher.future(future.job_id) is future for future in got)
+
+
+class Splitting:
+    """Refuses every batch that holds "bad" beside others, and has it come back in halves."""
+
+    def __init__(self) -> None:
+        self.calls: list[Batch[Any]] = []
+
+    def process(self, batch: Batch[Any]) -> list[Any]:
+        self.calls.append(batch)
+        if "bad" not in batch:
+            return list(batch)
+        error = ConnectionError("lost")
+        if len(batch) > 1:
+            half = len(batch) // 2
+            in_parts(error, [(f"{batch.id}.1", half), (f"{batch.id}.2", len(batch) - half)])
+        raise error
+
+    def is_retryable(self, error: BaseException) -> bool:
+        return bool(parts_of(error))
+
+
+def test_p3_a_batch_comes_back_in_parts_until_one_job_is_alone() -> None:
+    processor = Splitting()
+    with batcher_of(processor, retry=Steady(backoff=0.05, backoff_max=0.05)) as batcher:
+        futures = batcher.submit_many([1, 2, "bad", 4, 5])
+        eventually(lambda: processor.calls)
+        neighbours = [batcher.submit("plain") for _ in range(20)]
+        assert isinstance(futures[2].exception(BOUND), ConnectionError)
+        assert [future.result(BOUND) for i, future in enumerate(futures) if i != 2] == [1, 2, 4, 5]
+        assert not wait(neighbours, BOUND).not_done
+        stats = batcher.stats()
+        assert (stats.completed, stats.failed, stats.outstanding) == (24, 1, 0)
+    parts = [batch for batch in processor.calls if "." in batch.id]
+    assert all(batch.trigger == "retry" for batch in parts)
+    # The first batch may have taken some of the neighbours along.
+    assert len(processor.calls[0]) > 5 or {batch[:] for batch in parts} == {(1, 2), ("bad", 4, 5), ("bad",), (4, 5)}
+
+
+def test_P4_P5_a_job_of_a_part_that_expires_left_no_trace_and_is_not_written_any_more() -> None:
+    processor = Splitting()
+    with batcher_of(processor, retry=Steady(backoff=1.0, backoff_max=1.0)) as batcher:
+        core = batcher._core
+        with core.lock:  # both in one batch
+            short = batcher.submit("short", delivery_timeout=0.5)
+            rest = [batcher.submit(job) for job in ("long", "bad", "other")]
+        assert isinstance(short.exception(BOUND), DeliveryTimeout)
+        assert rest[0].result(BOUND) == "long"
+        assert rest[2].result(BOUND) == "other"
+    assert [batch[:] for batch in processor.calls if "short" in batch] == [("short", "long", "bad", "other")]

@@ -2,7 +2,8 @@
 
 The files, in the order a batch meets them: `processor` (the class), `parameters` (a job becomes what psycopg
 takes), `connections` (ours, per process) or `borrowed` (the user's), `transaction` (commit, honestly),
-`statement` (one result per job). `conninfo` and `sqlstate` decide; they touch no connection.
+`statement` (one result per job), `splitting` (a batch that broke its link comes back in halves). `conninfo` and
+`sqlstate` decide; they touch no connection.
 """
 
 from __future__ import annotations

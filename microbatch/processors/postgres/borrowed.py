@@ -35,8 +35,11 @@ class BorrowedConnections:
         return f"connections of {self._kind}"
 
     @contextmanager
-    def lend(self, batch: Batch[Any]) -> Iterator[Session]:
-        """The batch's verdict stands, whatever the source's context manager does on its way out."""
+    def lend(self, batch: Batch[Any], *, fresh: bool = False) -> Iterator[Session]:
+        """The batch's verdict stands, whatever the source's context manager does on its way out.
+
+        Whether it is *fresh* is the source's business.
+        """
         verdict: BaseException | None = None
         succeeded = committed = False
         try:

@@ -36,10 +36,17 @@ class OwnConnections:
         return "own connections"
 
     @contextmanager
-    def lend(self, batch: Batch[Any]) -> Iterator[Session]:
-        """A connection for *batch* alone; made if none is idle, closed afterwards if it is not clean."""
+    def lend(self, batch: Batch[Any], *, fresh: bool = False) -> Iterator[Session]:
+        """A connection for *batch* alone; made if none is idle, closed afterwards if it is not clean.
+
+        A *fresh* one is made in the place of an idle one.
+        """
         stock = self._stock()
-        link = stock.take() or self._connect(before(batch.deadline))
+        link = stock.take()
+        if fresh and link is not None:
+            link.close()
+            link = None
+        link = link or self._connect(before(batch.deadline))
         stock.lend(batch.id, link)
         try:
             link.session.give_up = before(batch.deadline)

@@ -26,6 +26,10 @@ class Undecided(CommitUnknown):
     """The same, and another attempt may find out."""
 
 
+class ServerSilent(psycopg.OperationalError):
+    """The server did not answer in the time that the batch has."""
+
+
 class BatchRolledBack(MicrobatchError):
     """Another job of the batch failed, and `on_job_error="fail_batch"`: nothing was written.
 

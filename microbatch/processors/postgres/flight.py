@@ -18,6 +18,8 @@ from psycopg.abc import Buffer
 from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
+from .errors import ServerSilent
+
 Parameters: TypeAlias = Sequence[Buffer | None]
 
 _PARSE, _COMMAND, _SYNC = range(3)
@@ -148,9 +150,9 @@ class Flight:
             self._send_all()
             self._read_into(segments)
         except psycopg.OperationalError:
-            # What the server said before it hung up says more than that it did.
-            if segments[-1] and _ends_session(segments[-1][-1]):
-                raise self._error(segments[-1][-1]) from None
+            # What the server said before it hung up says more than that it did; behind it libpq makes answers up.
+            for result in filter(_ends_session, segments[-1]):
+                raise self._error(result) from None
             raise
         return segments[:-1]
 
@@ -189,7 +191,7 @@ class Flight:
             if ready := poll.poll(self._milliseconds()):
                 return ready[0][1]
             if self._give_up is not None and time.monotonic() >= self._give_up:
-                raise psycopg.OperationalError("the server did not answer within the batch's deadline")
+                raise ServerSilent("the server did not answer within the batch's deadline")
 
     def _error(self, result: PGresult) -> psycopg.Error:
         return psycopg.errors.error_from_result(result, self._connection.info.encoding)

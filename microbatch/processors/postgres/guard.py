@@ -79,8 +79,10 @@ class Guard(Protocol):
     def begin(self, flight: Flight, token: Token) -> int:
         """Queue what has to be in the transaction; returns how many commands that is."""
 
-    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+    def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         """Whether the transaction of *token* was committed; if not, nothing of it is or will be there.
+
+        With *only_look* the jobs are not sent again, where there is another way to know.
 
         Raises:
             Undecided: not known yet.
@@ -104,7 +106,7 @@ class NoGuard:
     def begin(self, flight: Flight, token: Token) -> int:
         return 0
 
-    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+    def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         raise CommitUnknown(_cannot("commit_guard is 'none'", batch_id), batch_id=batch_id)
 
     def release(self, token: Token) -> None:
@@ -123,7 +125,7 @@ class XidGuard:
     def begin(self, flight: Flight, token: Token) -> int:
         return 0
 
-    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+    def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         try:
             in_recovery, marker, status = _texts(session.ask(_STATUS, token.xid))
         except psycopg.Error as error:
@@ -173,7 +175,7 @@ class LedgerGuard:
         flight.run(*_upsert(token))
         return 1
 
-    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+    def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         flight = session.flight(keep=False)
         flight.run(b"BEGIN")
         flight.run(b"SELECT set_config('lock_timeout', $1, true)", [_LOCK_WAIT.encode()])

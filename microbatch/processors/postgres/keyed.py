@@ -33,7 +33,14 @@ from .tables import KeyedWay
 from .transaction import Attempt, Pending, Refused, unknown
 from .translate import Reader
 
-_END = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1::int AND backend_start::text = $2"
+_END = (
+    b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    b" WHERE pid = $1::int AND extract(epoch FROM backend_start)::text = $2"
+)
+# Of another role's process it is not told when it began.
+_LIVES = (
+    b"SELECT FROM pg_stat_activity WHERE pid = $1::int AND coalesce(extract(epoch FROM backend_start)::text = $2, true)"
+)
 _UNIQUE = "23505"
 _COMMITTING = 2 / 3  # of a statement's time, where its flight commits as well and is given up sooner
 _THEFTS = 20  # so often an attempt draws new keys; then somebody inserts by hand what the sequence gives, too
@@ -56,11 +63,14 @@ class KeyGuard:
     def begin(self, flight: Flight, token: Token) -> int:
         return 0
 
-    def settle(self, session: Session, token: Token, batch_id: str) -> bool:
+    def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         # The form's own reader may be at work for another batch on the connection that it belongs to.
         self._way.reader = Reader(session.connection)
         retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self)
-        for i, result in retry.run().items():
+        results = retry.look() if only_look and retry.can_look() else retry.run()
+        if results is None:
+            return False
+        for i, result in results.items():
             # A row that was read before COMMIT is the first attempt's own; a later look may find it changed.
             if not isinstance(self._results[i], dict):
                 self._results[i] = result
@@ -118,7 +128,7 @@ class KeyedAttempt(Attempt):
         """The results, committed; None if every job failed."""
         for _ in range(_THEFTS):
             try:
-                return self._fly(positions)
+                return self._by_steps(positions, failed) if self.is_suspect else self._fly(positions)
             except Refused as refused:
                 error = refused.error
             if not self._is_theft(error, positions):
@@ -146,6 +156,15 @@ class KeyedAttempt(Attempt):
             failed |= alone
             return self._commit_isolated(results, failed) if results else None
         raise KeysTaken(_TAKEN)
+
+    def _by_steps(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
+        """COMMIT apart, when all is well: what breaks the link before it has left nothing for certain."""
+        try:
+            results = self._plainly(positions)
+        except Refused:
+            self._roll_back()
+            raise
+        return self._commit_isolated(results, failed)
 
     def _fly(self, positions: list[int]) -> dict[int, Any]:
         """One flight, one implicit transaction, one round trip."""
@@ -269,6 +288,28 @@ class KeyedRetry(Attempt):
         finally:
             self._keyed.careful = False
         raise Undecided(f"the keys of batch {self._batch.id} come and go", batch_id=self._batch.id)
+
+    def can_look(self) -> bool:
+        """Whether the table and the server's processes tell all: the first attempt's history goes on here."""
+        first, now = self._first_token, self._session.facts
+        if not first.pid or not first.marker or not now.marker or now.pooled:
+            return False
+        # A crash changes only the last part. It ends every process, and takes none of their commits back.
+        return first.marker.rpartition("/")[0] == now.marker.rpartition("/")[0]
+
+    def look(self) -> dict[int, Any] | None:
+        """The rows of the first attempt, without sending the jobs again; None if they are not there and never will be.
+
+        Raises:
+            Undecided: the first attempt's process still lives.
+            CommitUnknown: it cannot be found out.
+        """
+        token = self._first_token
+        # Before the keys, in a transaction of its own: what it commits until it is gone is seen then.
+        if self._session.ask(_LIVES, token.pid, token.backend_start).ntuples:
+            self._end_orphan()
+            raise Undecided(f"the first attempt of batch {self._batch.id} is still open", batch_id=self._batch.id)
+        return self._found()
 
     def _round(self) -> dict[int, Any] | None:
         try:

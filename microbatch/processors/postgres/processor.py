@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from psycopg import sql
@@ -16,17 +17,36 @@ from .borrowed import BorrowedConnections, PooledConnections, Source
 from .connections import OwnConnections
 from .errors import Undecided
 from .guard import Guards
-from .order import Order
+from .order import Order, Ordered
 from .parameters import Job
 from .plan import Plan
 from .portable import Portable
 from .session import Session
 from .settling import Undecideds
-from .transaction import Attempt, Outdated
+from .splitting import Suspects, Watch
+from .transaction import Attempt, Outdated, Pending
 from .writer import StatementWriter, TableWriter, Writer
 
 Statement: TypeAlias = str | bytes | sql.Composable
 Connections: TypeAlias = OwnConnections | BorrowedConnections
+
+
+@dataclass(slots=True)
+class Trial:
+    """One call of `process`: its batch, what is *known* to be undecided of it, and how far this attempt came."""
+
+    batch: Batch[Job]
+    known: Pending | None
+    watch: Watch
+    order: Ordered | None = None
+    attempt: Attempt | Portable | None = None
+
+    def fresh(self) -> Pending | None:
+        """What is undecided since this attempt."""
+        pending = None if self.attempt is None else self.attempt.pending
+        if pending is not None:
+            pending.order = self.order
+        return pending
 
 
 class PostgresProcessor:
@@ -77,7 +97,8 @@ class PostgresProcessor:
         sort_key: Callable[[Any], Any] | None = None,
     ) -> None:
         isolates = _one_of("on_job_error", on_job_error, ("isolate", "fail_batch")) == "isolate"
-        self._set_up(conninfo, StatementWriter(_checked(statement), isolates), commit_guard, sort_key)
+        writer = StatementWriter(_checked(statement), isolates)
+        self._set_up(conninfo, writer, commit_guard, sort_key, isolates)
 
     @classmethod
     def insert_into(
@@ -123,7 +144,7 @@ class PostgresProcessor:
         self = cls.__new__(cls)
         has_ledger = commit_guard == "ledger"
         writer = TableWriter(table, columns, returning, on_conflict, strategy, isolates, has_ledger, overriding)
-        self._set_up(conninfo, writer, commit_guard, sort_key)
+        self._set_up(conninfo, writer, commit_guard, sort_key, isolates)
         return self
 
     def _set_up(
@@ -132,12 +153,14 @@ class PostgresProcessor:
         writer: Writer,
         commit_guard: str,
         sort_key: Callable[[Any], Any] | None,
+        isolates: bool,
     ) -> None:
         self._connections = _connections(conninfo)
         self._writer = writer
         self._guards = Guards(_one_of("commit_guard", commit_guard, ("auto", "ledger", "xid", "none")))
         self._order = Order(sort_key)
         self._undecideds = Undecideds()
+        self._suspects = Suspects(isolates)
 
     @property
     def plan(self) -> Plan | None:
@@ -157,35 +180,51 @@ class PostgresProcessor:
         """
         if not len(batch):
             return []
-        pending = self._undecideds.get(batch)
-        attempt: Attempt | Portable | None = None
-        order = None
+        trial = Trial(batch, self._undecideds.get(batch), self._suspects.watch(batch))
         try:
-            with self._connections.lend(batch) as session:
-                if pending is not None:
-                    results = self._undecideds.settle(session, batch, pending)
-                    if results is not None:
-                        return results
-                    pending = None
-                order = self._order.of(batch)
-                attempt = self._writer.attempt(session, order.batch, self._guards)
+            with self._connections.lend(batch, fresh=trial.watch.suspect is not None) as session:
+                trial.watch.begin(session)
                 try:
-                    return order.restored(attempt.run())
-                except Outdated:
-                    self._writer.forget(session)
-                attempt = self._writer.attempt(session, order.batch, self._guards)
-                return order.restored(attempt.run())
+                    results = self._settled(session, trial)
+                    if results is None:
+                        results = self._written(session, trial)
+                finally:
+                    trial.watch.end()
+                self._suspects.forget(batch)
+                return results
         except BaseException as error:
-            fresh = None if attempt is None else attempt.pending
-            if fresh is not None:
-                fresh.order = order
+            fresh = trial.fresh()
             try:
-                verdict = self._undecideds.verdict(batch, pending, fresh, error)
+                verdict = self._undecideds.verdict(batch, trial.known, fresh, error)
+                self._suspects.judge(batch, trial.watch, verdict)
             except BaseException:  # an interruption, which says nothing else
-                verdict = self._undecideds.verdict(batch, pending, fresh, error)
+                verdict = self._undecideds.verdict(batch, trial.known, fresh, error)
             if verdict is error:
                 raise
             raise verdict from error
+
+    def _settled(self, session: Session, trial: Trial) -> list[Any] | None:
+        """The results of an earlier attempt that was undecided; None if nothing is there, and all is to do."""
+        if trial.known is not None:
+            results = self._undecideds.settle(session, trial.batch, trial.known, trial.watch.has_broken_retry)
+            if results is not None:
+                return results
+            trial.known = None
+        self._suspects.sentence(trial.batch, trial.watch)
+        return None
+
+    def _written(self, session: Session, trial: Trial) -> list[Any]:
+        trial.order = order = self._order.of(trial.batch)
+        try:
+            return order.restored(self._attempt(session, order, trial).run())
+        except Outdated:
+            self._writer.forget(session)
+        return order.restored(self._attempt(session, order, trial).run())
+
+    def _attempt(self, session: Session, order: Ordered, trial: Trial) -> Attempt | Portable:
+        attempt = trial.attempt = self._writer.attempt(session, order.batch, self._guards)
+        attempt.is_suspect = trial.watch.suspect is not None
+        return attempt
 
     def open(self) -> None:
         """Connect, so that an unreachable server shows at once. Blocks up to `connect_timeout` seconds.

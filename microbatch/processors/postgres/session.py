@@ -44,7 +44,7 @@ _FACTS = f"""
         (SELECT setting FROM pg_settings WHERE name = 'statement_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
-        (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()),
+        (SELECT extract(epoch FROM backend_start)::text FROM pg_stat_activity WHERE pid = pg_backend_pid()),
         l.name, l.is_ledger::int
     FROM (VALUES (1)) AS one LEFT JOIN (
         SELECT format('%I.%I', n.nspname, c.relname) AS name, {_IS_LEDGER} AS is_ledger

@@ -62,8 +62,10 @@ class Undecideds:
     def get(self, batch: Batch[Any]) -> Pending | None:
         return self._pending.get(batch.id)
 
-    def settle(self, session: Session, batch: Batch[Any], pending: Pending) -> list[Any] | None:
+    def settle(self, session: Session, batch: Batch[Any], pending: Pending, only_look: bool) -> list[Any] | None:
         """The results, if the batch was committed; None if nothing of it is there, so that it can be written anew.
+
+        With *only_look* nothing that breaks links is sent again, where that can be had.
 
         Raises:
             Undecided: not known yet; it is kept.
@@ -75,7 +77,7 @@ class Undecideds:
         if session.status != TransactionStatus.IDLE:
             raise unknown(batch.id, pending.guard, pending.token, "its connection is inside a transaction")
         try:
-            committed = pending.guard.settle(session, pending.token, batch.id)
+            committed = pending.guard.settle(session, pending.token, batch.id, only_look)
         except Undecided:
             raise
         except CommitUnknown as error:

@@ -79,8 +79,10 @@ class Outdated(Exception):
 class Frame:
     """One batch on one session, whatever it is written with; used once, by one thread.
 
-    `pending` is set from the call of COMMIT until its answer is understood.
+    `pending` is set from the call of COMMIT until its answer is understood. One that *is_suspect* has broken a link.
     """
+
+    is_suspect = False
 
     def __init__(self, session: Session, batch: Batch[Any], isolates: bool) -> None:
         self._session = session
