@@ -898,12 +898,6 @@ def test_inside_a_users_transaction_rows_go_in_one_by_one_and_are_theirs_to_comm
     assert control.execute("SELECT count(*) FROM item").fetchone() == (2,)
 
 
-def test_a_value_that_psycopg_cannot_load_comes_back_as_text(make: Make, control: psycopg.Connection[Any]) -> None:
-    control.execute("CREATE TABLE item (id serial PRIMARY KEY, v date)")
-    rows = make(columns=["v"], strategy="keys").process(a_batch([("2026-01-01",), ("infinity",)]))
-    assert [row["v"] for row in rows] == [dt.date(2026, 1, 1), "infinity"]
-
-
 def test_sort_key_orders_the_rows_and_not_the_results(make: Make, control: psycopg.Connection[Any]) -> None:
     control.execute(PLAIN.encode())
     jobs = [(n, str(n)) for n in (5, 3, 9, 1)]

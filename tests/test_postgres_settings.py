@@ -174,7 +174,7 @@ def test_a_type_reads_text_by_its_input_function_in_a_batch_as_alone(
 DATA = [b"\x00\xff\\it's", bytearray(b"\\\\"), memoryview(b"'\0"), b""]
 
 
-@pytest.mark.parametrize("setting", ["-cstandard_conforming_strings=off"])
+@pytest.mark.parametrize("setting", ["-cstandard_conforming_strings=off", "-cbytea_output=escape"])
 @pytest.mark.parametrize("type", ["bytea", "bytea[]", "file"])
 @pytest.mark.usefixtures("together")
 def test_bytes_are_the_same_under_every_setting(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import binascii
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 from psycopg import pq
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import AdaptersMap, Dumper, Loader, PyFormat
 from psycopg.types.json import JsonbLoader, JsonLoader
-from psycopg.types.string import BytesDumper, TextLoader
+from psycopg.types.string import ByteaLoader, BytesDumper, TextLoader
 
+Error = TypeVar("Error", bound=BaseException)
 Settings: TypeAlias = tuple[bytes | None, ...]
 
 # What the server tells by itself whenever it changes; the search path since PostgreSQL 18.
@@ -57,7 +58,7 @@ def recoded(sql: bytes, encoding: str) -> bytes:
     return sql if encoding == "utf-8" else sql.decode().encode(encoding)
 
 
-def named(error: Exception, connection: psycopg.Connection[Any]) -> Exception:
+def named(error: Error, connection: psycopg.Connection[Any]) -> Error | UnicodeEncodeError:
     """*error*, with the session's encoding in it where a character does not fit: Python's says `charmap` for many."""
     if not isinstance(error, UnicodeEncodeError) or error.encoding == "utf-8":
         return error
@@ -74,15 +75,20 @@ class _Context:
     connection: psycopg.Connection[Any]
 
 
-def context_of(connection: psycopg.Connection[Any]) -> AdaptContext:
-    """The connection itself, or what stands in for it where psycopg's own conversions would change a value."""
+def context_of(connection: psycopg.Connection[Any], *, loads_bytes: bool = False) -> AdaptContext:
+    """The connection itself, or what stands in for it where psycopg's own conversions would change a value.
+
+    *loads_bytes*: arrays of bytea are among what is loaded.
+    """
     is_standard = connection.pgconn.parameter_status(b"standard_conforming_strings") != b"off"
     encoding = connection.info.encoding
-    if is_standard and encoding == "utf-8":
+    if is_standard and encoding == "utf-8" and not loads_bytes:
         return connection
     adapters = AdaptersMap(connection.adapters)
     if not is_standard:
         _dump_bytes_for_parameters(adapters)
+    if loads_bytes:
+        _load(adapters, _BYTES_LOADERS, _BytesLoader)
     if encoding == _NO_ENCODING:
         _load(adapters, _TEXT_LOADERS, _LenientTextLoader)
     elif encoding != "utf-8":
@@ -99,6 +105,13 @@ class _HexDumper(Dumper):
 
     def dump(self, obj: Buffer) -> Buffer:
         return b"\\x" + binascii.hexlify(obj)
+
+
+class _BytesLoader(ByteaLoader):
+    """psycopg's faster one reads on behind an item of an array, where bytea_output is `escape`."""
+
+    def load(self, data: Buffer) -> bytes:
+        return super().load(bytes(data))
 
 
 class _LenientTextLoader(Loader):
@@ -154,4 +167,5 @@ def _faster_loader(loader: type[Loader]) -> Any:
 
 
 _BYTES_DUMPERS = (BytesDumper, _faster(bytes, BytesDumper))
+_BYTES_LOADERS = (ByteaLoader, _faster_loader(ByteaLoader))
 _TEXT_LOADERS = (TextLoader, _faster_loader(TextLoader))

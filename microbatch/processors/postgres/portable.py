@@ -11,12 +11,14 @@ from typing import Any
 
 import psycopg
 from psycopg.abc import Query
-from psycopg.pq import TransactionStatus
+from psycopg.pq import Format, TransactionStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import dict_row
 
 from microbatch.errors import OutcomeUnknown, ProcessorContractError
 from microbatch.protocols import Batch
 
+from .conversions import encoding_of, named, text_of
 from .errors import is_jobs_own
 from .guard import NoGuard, Token
 from .parameters import Job, parameters_of
@@ -83,7 +85,7 @@ class Portable(Frame):
         except Exception as error:
             if self._concerns_all(error, kind_of(error)):
                 raise
-            return self._last_word(error)
+            return named(self._last_word(error), self._connection)
 
     def _culprit(self, jobs: Sequence[Any], error: Exception) -> dict[int, Exception]:
         """The first job that fails, found without keeping anything. Raises *error* if none of them does alone."""
@@ -142,4 +144,28 @@ def _result(cursor: psycopg.Cursor[dict[str, Any]]) -> Any:
     if cursor.rownumber is None:
         return count_of((cursor.statusmessage or "").encode())
     once([column.name for column in cursor.description or ()])
-    return as_result(cursor.fetchall())
+    return as_result(_rows(cursor))
+
+
+def _rows(cursor: psycopg.Cursor[dict[str, Any]]) -> list[dict[str, Any]]:
+    try:
+        return cursor.fetchall()
+    except Exception:
+        # What Python has no value for is handed out as text, as by `translate.Reader`.
+        answer, names = cursor.pgresult, [column.name for column in cursor.description or ()]
+        if answer is None or cursor.format != Format.TEXT:
+            raise
+        numbers = range(answer.nfields)
+        rows = ([_value(cursor, answer, row, i) for i in numbers] for row in range(answer.ntuples))
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _value(cursor: psycopg.Cursor[Any], answer: PGresult, row: int, column: int) -> Any:
+    data, number = answer.get_value(row, column), answer.ftype(column)
+    if data is None:
+        return None
+    try:
+        loader = cursor.adapters.get_loader(number, Format.TEXT) or cursor.adapters.get_loader(0, Format.TEXT)
+        return loader(number, cursor).load(data) if loader else data
+    except Exception:
+        return text_of(data, encoding_of(cursor.connection))

@@ -62,15 +62,9 @@ class RowWay:
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
         return {
-            i: self._result(answer, number > 0)
+            i: as_result(self.reader.rows(answer, number > 0))
             for number, (i, answer) in enumerate(zip(positions, answers, strict=True))
         }
-
-    def _result(self, answer: PGresult, as_before: bool) -> Any:
-        try:
-            return as_result(self.reader.rows(answer, as_before))
-        except Exception as error:
-            return error
 
 
 class MergeWay(RowWay):
@@ -98,7 +92,7 @@ class MergeWay(RowWay):
             numbers = [int(answer.get_value(row, 0) or 0) - 1 for row in range(answer.ntuples)]
             if len(set(numbers)) != len(numbers):
                 raise ProcessorContractError("a row came back twice")
-            rows = self.reader.each(answer, skipped=1)
+            rows = self.reader.without(1, answer)
             for number, row in zip(numbers, rows, strict=True):
                 results[positions[number]] = row
         return results
@@ -158,18 +152,17 @@ class KeyedWay(RowWay):
             raise ProcessorContractError(f"{len(strangers)} rows came back with keys that are no job's")
         if self._form.target.returning is None:
             return {owners[key]: None for key in keys}
-        # It may be committed already, so what psycopg cannot load is handed out as text.
-        rows = self.reader.each(answer, skipped=len(columns), as_text=True)
+        rows = self.reader.without(len(columns), answer)
         return {owners[key]: row for key, row in zip(keys, rows, strict=True)}
 
     def _whole_row(self, i: int) -> Row:
         return [*self.keys[i], *self._rows[i]]
 
-    def _arrays(self, positions: Sequence[int]) -> list[bytes]:
+    def _arrays(self, positions: Sequence[int]) -> list[tuple[bytes, Format]]:
         keys = zip(*[self.keys[i] for i in positions], strict=True)
         columns = zip(*[self._rows[i] for i in positions], strict=True)
         return [*map(array, keys), *map(array, columns)]
 
 
-def _run(flight: Flight, command: bytes, arrays: Sequence[bytes]) -> None:
-    flight.run(command, arrays, formats=[Format.BINARY] * len(arrays))
+def _run(flight: Flight, command: bytes, arrays: Sequence[tuple[bytes, Format]]) -> None:
+    flight.run(command, [data for data, _ in arrays], formats=[form for _, form in arrays])

@@ -18,6 +18,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
+from .conversions import context_of, encoding_of, named, text_of
 from .errors import is_jobs_own
 from .parameters import Job, parameters_of
 
@@ -31,6 +32,7 @@ _TRANSFORMER_NEEDS = ("from_context", "set_pgresult", "load_rows", "dump_sequenc
 
 # What may write several rows, or none; an INSERT writes what it is given.
 _COUNTED = (b"UPDATE", b"DELETE", b"MERGE")
+_BYTEA_ARRAY = 1001  # the type's number
 
 Row: TypeAlias = dict[str, Any]
 
@@ -60,7 +62,9 @@ def bind_jobs(
     connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]
 ) -> list[Bound | BaseException]:
     """Each job as *statement* with its values, or the error that says why it cannot be sent."""
-    query = PostgresQuery(Transformer.from_context(connection))
+    query = PostgresQuery(Transformer.from_context(context_of(connection)))
+    if isinstance(statement, str) and encoding_of(connection) != connection.info.encoding:
+        statement = statement.encode()
     bind: Callable[[Query, Any], None] = query.convert
 
     def next_ones(statement: Query, values: Any) -> None:
@@ -79,7 +83,7 @@ def bind_jobs(
         except BaseException as error:
             if not is_jobs_own(error):
                 raise
-            bound.append(error)
+            bound.append(named(error, connection))
     return bound
 
 
@@ -136,11 +140,16 @@ def _by_position(error: TypeError, parameters: Any) -> TypeError:
 
 
 class Reader:
-    """Reads answers as dicts, with the loaders of *connection*."""
+    """Reads answers as dicts, with the loaders of *connection*.
+
+    A value that cannot be loaded, such as a date beyond the year 9999, is handed out as the server's text: the row may
+    be committed already, and whether a job is valid is for the server to say.
+    """
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
-        self._transformer = Transformer.from_context(connection)
-        self._encoding = connection.info.encoding
+        self._connection = connection
+        self._transformer = Transformer.from_context(context_of(connection))
+        self._encoding = encoding_of(connection)
         self._columns: list[tuple[bytes | None, int]] | None = None
         self._names: list[str] = []
         self._skipped = 0
@@ -151,7 +160,7 @@ class Reader:
         *as_before*: the answer before this one was to the same command in the same flight, and has the same columns.
 
         Raises:
-            psycopg.Error: a value cannot be loaded.
+            ValueError: two columns have one name.
         """
         if answer.status != ExecStatus.TUPLES_OK:
             return None
@@ -159,15 +168,18 @@ class Reader:
             self._transformer.set_pgresult(answer, set_loaders=False)
         else:
             self._look_at(answer, 0)
-        return self._transformer.load_rows(0, answer.ntuples, self._row)
+        return self._rows(answer)
 
-    def each(self, answer: PGresult, skipped: int, as_text: bool = False) -> list[Any]:
-        """One row or error each, without the first *skipped* columns; *as_text*: text where psycopg cannot load it."""
+    def without(self, skipped: int, answer: PGresult) -> list[Row]:
+        """The rows of *answer* without the first *skipped* columns."""
         self._look_at(answer, skipped)
+        return self._rows(answer)
+
+    def _rows(self, answer: PGresult) -> list[Row]:
         try:
-            return list(self._transformer.load_rows(0, answer.ntuples, self._row))
+            return self._transformer.load_rows(0, answer.ntuples, self._row)
         except Exception:
-            return [self._one(answer, number, as_text) for number in range(answer.ntuples)]
+            return [self._one(answer, number) for number in range(answer.ntuples)]
 
     def _look_at(self, answer: PGresult, skipped: int) -> None:
         # Compared and not assumed: a table may change between two answers to the same command.
@@ -176,16 +188,18 @@ class Reader:
             self._transformer.set_pgresult(answer, set_loaders=False)
             return
         self._columns = None  # until everything fits: an interruption in between leaves nothing half-known
+        if any(number == _BYTEA_ARRAY for _, number in columns):
+            self._transformer = Transformer.from_context(context_of(self._connection, loads_bytes=True))
         self._transformer.set_pgresult(answer)
         self._skipped = skipped
-        self._names = once([(name or b"").decode(self._encoding) for name, _ in columns[skipped:]])
+        self._names = once([(name or b"").decode(self._encoding, "surrogateescape") for name, _ in columns[skipped:]])
         self._columns = columns
 
-    def _one(self, answer: PGresult, number: int, as_text: bool) -> Any:
+    def _one(self, answer: PGresult, number: int) -> Row:
         try:
             return self._transformer.load_rows(number, number + 1, self._row)[0]
-        except Exception as error:
-            return self._row([self._value(answer, number, i) for i in range(answer.nfields)]) if as_text else error
+        except Exception:
+            return self._row([self._value(answer, number, i) for i in range(answer.nfields)])
 
     def _value(self, answer: PGresult, row: int, column: int) -> Any:
         data = answer.get_value(row, column)
@@ -194,7 +208,7 @@ class Reader:
         try:
             return self._transformer.get_loader(answer.ftype(column), pq.Format(answer.fformat(column))).load(data)
         except Exception:
-            return data.decode(self._encoding, "replace")
+            return text_of(data, self._encoding)
 
     def _row(self, values: Sequence[Any]) -> Row:
         return dict(zip(self._names, values[self._skipped :] if self._skipped else values, strict=True))

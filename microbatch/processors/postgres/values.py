@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from .conversions import context_of, named
@@ -25,7 +25,7 @@ _TEXT = 25  # the type's number
 _HEADER = struct.Struct("!iiIii")  # dimensions, whether NULL may come, type of the items, their number, the first index
 _LENGTH = struct.Struct("!i")
 _NULL = _LENGTH.pack(-1)
-_LENGTHS = tuple(map(_LENGTH.pack, range(256)))
+_LENGTHS = tuple(map(_LENGTH.pack, range(1024)))
 
 
 class RowDumper:
@@ -69,20 +69,23 @@ class RowDumper:
         return list(parameters)
 
 
-def array(texts: Sequence[Buffer | None]) -> bytes:
-    """A value of type text[] in binary.
+def array(texts: Sequence[Buffer | None]) -> tuple[bytes, Format]:
+    """A value of type text[].
 
-    As text its NULL would be a word, which array_nulls may take for text, and a byte of a character may look like a
-    quote in some encodings.
+    As text where it reads the same everywhere. Else in binary: a NULL as text is a word, which array_nulls may take for
+    text, and a byte of a character looks like a backslash in some encodings.
     """
-    header = _HEADER.pack(1, 1, _TEXT, len(texts), 1)
     try:
-        # Nearly always: no NULL, and nothing long.
-        lengths = map(_LENGTHS.__getitem__, map(len, texts))  # type: ignore[arg-type]
-        return header + b"".join(chain.from_iterable(zip(lengths, texts, strict=True)))  # type: ignore[arg-type]
-    except (TypeError, IndexError):
-        return header + b"".join(map(_item, texts))
+        body = b'","'.join(texts)  # type: ignore[arg-type]
+        if b"\\" not in body and body.count(b'"') == 2 * (len(texts) - 1):
+            return b'{"%s"}' % body, Format.TEXT
+    except TypeError:
+        pass
+    return _HEADER.pack(1, 1, _TEXT, len(texts), 1) + _items(texts), Format.BINARY
 
 
-def _item(text: Buffer | None) -> bytes:
-    return _NULL if text is None else b"%s%s" % (_LENGTH.pack(len(text)), text)
+def _items(texts: Sequence[Buffer | None]) -> bytes:
+    try:
+        return b"".join([_NULL if text is None else _LENGTHS[len(text)] + text for text in texts])
+    except IndexError:
+        return b"".join([_NULL if text is None else _LENGTH.pack(len(text)) + text for text in texts])
