@@ -299,12 +299,12 @@ class Core:
     def on_own_thread(self) -> bool:
         return threading.get_ident() in self.own
 
-    def unresolved(self) -> list[JobFuture[Any]]:
-        """Under the lock: the futures of everything accepted that are not concluded."""
+    def unresolved(self) -> list[Job]:
+        """Under the lock: everything accepted that is not concluded."""
         jobs = [*list(self.outstanding.values()), *self.owed]
         for worker in list(self.workers):
             jobs += worker.jobs
-        return [job.future for job in jobs]
+        return jobs
 
     def stats(self) -> Stats:
         self.check_process()
@@ -330,7 +330,7 @@ class Core:
         while self.blocked:
             self.blocked.popleft()[1].put()
 
-    def flush_open_batch(self) -> list[JobFuture[Any]]:
+    def flush_open_batch(self) -> list[Job]:
         with self.lock:
             self.flushed = next(self.sequence)
             self.ring_worker()

@@ -49,6 +49,7 @@ class Flight:
         left = job_module.complete(jobs)
         for job in left:
             conclude(job)
+        self._count_unheard(left, outcome)
         callers = sum(job.future._bell is not None and job.future._waiters is None for job in left)
         # After the futures, for a handler may block.
         _report(batch, outcome, retried)
@@ -68,6 +69,16 @@ class Flight:
             # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
             if job.verdict is answer:
                 job.payload = None
+
+    def _count_unheard(self, left: list[Job], outcome: Outcome) -> None:
+        """Where the holder of a future has ended it, the answer is as late as one after a deadline."""
+        unheard = [job for job in left if job.verdict is not None and not job.future._says(job.verdict)]
+        if unheard:
+            own = {id(answer) for answer in outcome.answers}
+            late = sum(id(job.verdict) in own for job in unheard)
+            outcome.late += late
+            with self.core.lock:
+                self.core.counters.late_results += late
 
     def _decide(self, batch: Batch[Any], outcome: Outcome) -> list[Retried]:
         """Write the verdicts; return the jobs to retry, with error and delay."""

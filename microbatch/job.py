@@ -197,6 +197,8 @@ class JobFuture(Future[R]):
                 return super().cancel()
             finally:
                 self._ring()
+        if self.done():
+            return self.cancelled()
         return self._owner.cancel(self, self._sequence) or self.cancelled()
 
     # What follows, up to the marker, replaces methods of `Future` that would build the condition. Where the guard
@@ -262,13 +264,17 @@ class JobFuture(Future[R]):
             self._run_callbacks()
 
     def set_result(self, result: R) -> None:
+        """The batcher's to call. Who calls it on the future of an outstanding job has this one say *result* for good;
+        the job goes on, and what becomes of it is dropped and counted.
+        """
         self._set(result, None)
 
     def set_exception(self, exception: BaseException | None) -> None:
+        """See `set_result`."""
         self._set(None, exception)
 
     def _set(self, result: R | None, exception: BaseException | None) -> None:
-        if self._state in _OVER or not self._conclude(FINISHED, result, exception):
+        if self._state in _OVER or not self._conclude(FINISHED, result, exception, over=_OVER):
             raise InvalidStateError(f"{self._state}: {self!r}")
         self._run_callbacks()
 
@@ -301,22 +307,36 @@ class JobFuture(Future[R]):
         if self._bell is not None:
             self._bell.set()
 
-    # The library's own side. The first two are plain stores, made under the batcher's lock.
+    # The library's own side. The first two are called under the batcher's lock, and nothing can happen between their
+    # look and their store: the future's holder may have ended it.
 
     def _put_back(self) -> None:
-        self._state = PENDING
+        if self._state is RUNNING:
+            self._state = PENDING
 
     def _mark_cancelled(self) -> None:
-        self._state = CANCELLED
+        if self._state not in _OVER:
+            self._state = CANCELLED
 
-    def _conclude(self, state: str, result: Any, exception: BaseException | None, blocking: bool = True) -> bool | None:
-        """Move to the final *state* and wake who waits; False if it is final already, None if not *blocking*
-        and somebody is inside `concurrent.futures.wait` with this future. Never called under the batcher's
+    def _says(self, verdict: Verdict) -> bool:
+        """Whether a future that is done got *verdict*, and not something else from its holder."""
+        return self._exception is verdict[2] and self._result is verdict[1]
+
+    def _conclude(
+        self,
+        state: str,
+        result: Any,
+        exception: BaseException | None,
+        blocking: bool = True,
+        over: tuple[str, ...] = _CONCLUDED,
+    ) -> bool | None:
+        """Move to the final *state* and wake who waits; False if it is final already (one of *over*), None if not
+        *blocking* and somebody is inside `concurrent.futures.wait` with this future. Never called under the batcher's
         lock. Idempotent: after an interruption, calling it again wakes whoever was not woken.
         """
         with _births:
             late = self._waiters is None
-            fresh = self._state not in _CONCLUDED
+            fresh = self._state not in over
             if late and fresh:
                 self._result = result
                 self._exception = exception
@@ -328,10 +348,11 @@ class JobFuture(Future[R]):
         if not condition.acquire(blocking):
             return None
         try:
-            fresh = self._state not in _CONCLUDED
+            waiters = list(self._waiters)
+            fresh = self._state not in over
             if fresh:
                 # Only who waited before this moment is told; later comers see the state.
-                self._untold = list(self._waiters)
+                self._untold = waiters
                 self._result = result
                 self._exception = exception
                 self._state = state
@@ -376,7 +397,10 @@ class JobFuture(Future[R]):
 def _start(jobs: list[Job]) -> None:
     """Under the batcher's lock: the futures of *jobs* are running."""
     for job in jobs:
-        job.future._state = RUNNING
+        future = job.future
+        # Uninterrupted: its holder may have ended it.
+        if future._state is PENDING:
+            future._state = RUNNING
 
 
 def _complete(jobs: list[Job]) -> list[Job]:
@@ -401,6 +425,9 @@ def _complete_unwaited(jobs: list[Job]) -> list[Job]:
                 future._result = verdict[1]
                 future._exception = verdict[2]
                 future._state = FINISHED
+            elif not future._says(verdict):
+                left.append(job)
+                continue
             # Looked at after the state is there: who comes later sees the state.
             if future._bell is not None or future._done_callbacks is not None:
                 left.append(job)
@@ -413,7 +440,7 @@ complete: Callable[[list[Job]], list[Job]] = _complete
 
 def _start_one_by_one(jobs: list[Job]) -> None:
     for job in jobs:
-        if not job.future.running():
+        if not job.future.running() and not job.future.done():
             job.future.set_running_or_notify_cancel()
 
 
@@ -473,19 +500,29 @@ class _PlainFuture:
 
     def _conclude(self: Any, state: str, result: Any, exception: BaseException | None, blocking: bool = True) -> bool:
         if state == CANCELLED_AND_NOTIFIED:
-            # The second hand-shake would be an error.
-            first = "_notified" not in self.__dict__ and Future.cancel(self)
-            if first:
+            if "_notified" in self.__dict__:
+                return False  # the second hand-shake would be an error
+            if Future.cancel(self):
                 self._notified = True
                 self.set_running_or_notify_cancel()
-            return bool(first)
+                return True
+            # It runs, by its holder's word: no public method cancels it.
+            exception = CancelledError()
         if self.done():
             return False
-        if exception is None:
-            self.set_result(result)
-        else:
-            self.set_exception(exception)
+        try:
+            if exception is None:
+                self.set_result(result)
+            else:
+                self.set_exception(exception)
+        except InvalidStateError:
+            return False  # ended by its holder a moment ago
         return True
+
+    def _says(self: Any, verdict: Verdict) -> bool:
+        if self.cancelled() or verdict[0] is _CANCELLED_STATUS:
+            return bool(self.cancelled() and verdict[0] is _CANCELLED_STATUS)
+        return self.exception(0) is verdict[2] and (verdict[2] is not None or self.result(0) is verdict[1])
 
     def _run_callbacks(self: Any) -> None:
         # The inherited methods have done it.
@@ -525,7 +562,7 @@ def use_plain_future() -> None:
     complete = _complete_one_by_one
     for name in _KNOWS_FUTURE:
         delattr(JobFuture, name)
-    for name in ("_put_back", "_mark_cancelled", "_conclude", "_run_callbacks", "_orphan"):
+    for name in ("_put_back", "_mark_cancelled", "_says", "_conclude", "_run_callbacks", "_orphan"):
         setattr(JobFuture, name, vars(_PlainFuture)[name])
 
 

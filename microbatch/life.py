@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from .collector import NEVER
 from .core import Core, DeathWatch, living_cores
 from .interpreter import Token, call_before_threads_end, in_multiprocessing_child
-from .job import JobFuture
+from .job import Job
 from .logs import Log
 from .supervisor import CLOSE_SECONDS, finish, supervise
 from .worker import work
@@ -22,6 +22,8 @@ _log = Log("microbatch")
 
 # After its deadline a shutdown waits so much longer for the supervisor to end what is left.
 _GRACE = 0.5
+# A job that has lost its future is looked at again so much later.
+_AGAIN = 0.01
 # A thread that is just being started is looked at again so much later, so often.
 _STARTING = 0.01
 _LOOKS = 100
@@ -54,17 +56,22 @@ def _start(core: Core, target: object, role: str) -> None:
     threading.Thread(target=target, args=(core, DeathWatch(core)), name=name, daemon=True).start()  # type: ignore[arg-type]
 
 
-def wait_for_all(futures: list[JobFuture[object]], timeout: float | None) -> bool:
-    """Whether all *futures* are resolved within *timeout* seconds."""
+def wait_for_all(jobs: list[Job], timeout: float | None) -> bool:
+    """Whether all *jobs* have an outcome and their futures are resolved, within *timeout* seconds."""
     give_up = NEVER if timeout is None else time.monotonic() + timeout
-    for future in futures:
-        if not future.done():
+    for job in jobs:
+        if not job.future.done():
             try:
-                future.exception(None if timeout is None else max(0.0, give_up - time.monotonic()))
+                job.future.exception(None if timeout is None else max(0.0, give_up - time.monotonic()))
             except FutureTimeoutError:
                 return False
             except CancelledError:
                 pass
+        # Where its holder has ended the future, the job goes on, and nothing tells of its end.
+        while job.verdict is None:
+            if (left := give_up - time.monotonic()) <= 0:
+                return False
+            Token().take(min(left, _AGAIN))
     return True
 
 
@@ -136,8 +143,8 @@ def _whoever_exits(step: Callable[[], None]) -> None:
 
 def _flush() -> None:
     waiting = [(core, core.flush_open_batch()) for core in _cores_at_end() if core.outstanding]
-    for core, futures in waiting:
-        wait_for_all(futures, _time_left(core))
+    for core, jobs in waiting:
+        wait_for_all(jobs, _time_left(core))
 
 
 def _close_after_other_threads() -> None:

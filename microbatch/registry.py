@@ -41,7 +41,9 @@ class Registry:
 
     def finish(self, job_id: str, future: JobFuture[Any], now: float) -> None:
         """Move an id to the history; the oldest ones leave."""
-        self.live.pop(job_id, None)
+        # It may be another job's by now: the holder of a future can say that it failed before its job ended.
+        if self.live.get(job_id) is future:
+            del self.live[job_id]
         if self._history:
             self._finished.pop(job_id, None)
             self._finished[job_id] = (now + self._ttl, future)

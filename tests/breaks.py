@@ -43,6 +43,32 @@ class Break:
 
 BREAKS = (
     Break(
+        "a job that begins overwrites a future that is done",
+        "P1",
+        "job.py",
+        (
+            (
+                "        if future._state is PENDING:\n            future._state",
+                "        if True:\n            future._state",
+            ),
+        ),
+        ("test_ended_by_its_holder.py::test_P1_a_future_that_its_holder_has_ended_says_nothing_else_later",),
+    ),
+    Break(
+        "a flush waits for futures alone",
+        "P1",
+        "life.py",
+        (("        while job.verdict is None:\n", "        while False:\n"),),
+        ("test_ended_by_its_holder.py::test_flush_waits_for_the_job_and_not_for_its_future_alone",),
+    ),
+    Break(
+        "an id's new job is forgotten with its old one",
+        "API",
+        "registry.py",
+        (("        if self.live.get(job_id) is future:\n", "        if job_id in self.live:\n"),),
+        ("test_ended_by_its_holder.py::test_an_id_is_free_once_the_future_says_failed_and_stays_with_the_new_job",),
+    ),
+    Break(
         "a copy of an exception is written to as it likes",
         "P3",
         "foreign.py",
