@@ -19,6 +19,9 @@ SELECT json_build_object(
   'before_row_insert', EXISTS (SELECT FROM pg_trigger t
       WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
         AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND (t.tgtype & 7) = 7),
+  'may_reach_elsewhere', EXISTS (SELECT FROM pg_foreign_server) AND EXISTS (SELECT FROM pg_trigger t
+      WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
+        AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A')),
   'deferred', EXISTS (SELECT FROM pg_constraint k WHERE k.condeferrable
                       AND (k.conrelid = c.oid OR k.conrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
   'key_name', i.indexrelid::regclass::text,
@@ -131,6 +134,7 @@ class Table:
     row_security: bool
     insert_rule: bool
     before_row_insert: bool
+    may_reach_elsewhere: bool
     deferred: bool
     key_name: str | None
     key_constraint: str | None

@@ -23,6 +23,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGresult
 
+from . import elsewhere
 from .errors import CommitUnknown, Undecided
 from .flight import Flight, is_error
 from .log import tell
@@ -63,6 +64,7 @@ class Token:
     number: int = 0
     is_free: bool = False
     backend_start: str = ""
+    servers: int | None = None  # foreign ones that its transaction wrote to, if that was asked
 
 
 class Guard(Protocol):
@@ -143,6 +145,7 @@ class XidGuard:
             end_orphan(session, token)
             raise Undecided(f"the transaction of batch {batch_id} is still open", batch_id=batch_id)
         if status == "aborted":
+            _check_elsewhere(session, token, batch_id)
             return False
         if status is None:
             raise CommitUnknown(_cannot("its transaction is too old", batch_id), batch_id=batch_id)
@@ -155,7 +158,7 @@ class XidGuard:
         pass
 
     def lookup(self, token: Token) -> str | None:
-        return f"SELECT pg_xact_status('{token.xid}')"
+        return None if token.servers else f"SELECT pg_xact_status('{token.xid}')"
 
 
 class LedgerGuard:
@@ -185,7 +188,10 @@ class LedgerGuard:
         flight.sync()
         last = flight.land()[0][-1]
         if not is_error(last):
-            return (last.command_tuples or 0) == 0
+            is_there = (last.command_tuples or 0) == 0
+            if not is_there:
+                _check_elsewhere(session, token, batch_id)
+            return is_there
         error = session.error(last)
         if kind_of(error) is not Kind.LOCK:
             raise error
@@ -199,7 +205,8 @@ class LedgerGuard:
             self._mine().append((token.lane, token.number))
 
     def lookup(self, token: Token) -> str | None:
-        return f"SELECT batch >= {token.number} FROM {token.ledger} WHERE lane = '{token.lane}'"
+        query = f"SELECT batch >= {token.number} FROM {token.ledger} WHERE lane = '{token.lane}'"
+        return None if token.servers else query
 
     def sweep(self, session: Session) -> None:
         """Once in a process: take out what processes that are long gone have left. A failure changes nothing."""
@@ -233,6 +240,15 @@ def end_orphan(session: Session, token: Token) -> None:
     """End the server process that still holds the first attempt's transaction, if it is still that one."""
     if token.pid and token.xid:
         _try(session, _END_ORPHAN, token.pid, token.xid)
+
+
+def _check_elsewhere(session: Session, token: Token, batch_id: str) -> None:
+    """Raise `CommitUnknown` if what was not committed here may be committed on another server."""
+    if token.servers is None:
+        token.servers = elsewhere.in_reach(session)
+    if token.servers:
+        reason = "not carried out here, it may be so on the server of a foreign table that the batch writes to"
+        raise CommitUnknown(_cannot(reason, batch_id), batch_id=batch_id)
 
 
 def read_token(session: Session, token: Token, answer: PGresult) -> None:

@@ -68,6 +68,8 @@ def _obstacle_to_keys(table: Table, columns: Sequence[str]) -> str:
         return "its primary key is deferrable"
     if table.before_row_insert:
         return "a BEFORE ROW INSERT trigger may change the key"
+    if table.may_reach_elsewhere:
+        return "a trigger may write to a foreign table, and would do so again in a retry"
     drawn = drawn_columns(table, columns)
     if not drawn:
         return "the jobs give the primary key themselves"

@@ -45,7 +45,7 @@ _FACTS = f"""
         (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
         (SELECT extract(epoch FROM backend_start)::text FROM pg_stat_activity WHERE pid = pg_backend_pid()),
-        l.name, l.is_ledger::int
+        l.name, l.is_ledger::int, (EXISTS (SELECT FROM pg_foreign_server))::int
     FROM (VALUES (1)) AS one LEFT JOIN (
         SELECT format('%I.%I', n.nspname, c.relname) AS name, {_IS_LEDGER} AS is_ledger
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -70,6 +70,7 @@ class Facts:
     marker: str | None
     backend_start: str = ""
     not_ledger: str = ""  # a table of the ledger's name that is none
+    has_foreign: bool = False  # whether a transaction may reach other servers
 
 
 class Session:
@@ -223,6 +224,7 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
         not_ledger="" if is_ledger else _text(facts[-1], 6) or "",
         marker=_text(marker[0][-1], 0) if known else None,
         backend_start=_text(facts[-1], 5) or "",
+        has_foreign=_text(facts[-1], 8) == "1",
     )
 
 

@@ -22,6 +22,7 @@ from psycopg.pq.abc import PGresult
 from microbatch.errors import ProcessorContractError
 from microbatch.protocols import Batch
 
+from . import elsewhere
 from .errors import BatchRolledBack, CommitUnknown, Undecided
 from .flight import Flight, is_error
 from .guard import Guard, NoGuard, Token, read_token
@@ -198,6 +199,8 @@ class Attempt(Frame):
         if not self._inside:
             # What is deferred to COMMIT would be an error nobody could isolate.
             flight.run(_IMMEDIATE)
+        if asks := self._asks_elsewhere():
+            flight.run(elsewhere.REACHED)
         flight.sync()
         answers = self._landed(flight)
         for number, answer in enumerate(answers):
@@ -206,7 +209,13 @@ class Attempt(Frame):
                 is_job = 0 <= command < count
                 raise Refused(self._session.error(answer), self._way.culprit(positions, command) if is_job else None)
         self._read_head(answers)
+        if asks:
+            self._token.servers = int(answers[-1].get_value(0, 0) or 0)
         return self._way.read(positions, answers[before : before + count])
+
+    def _asks_elsewhere(self) -> bool:
+        """Whether it is to be seen which other servers this transaction has reached."""
+        return self._guard.needs_xid and self._session.facts.has_foreign and self._token.servers is None
 
     def _isolated(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
         isolated = self._isolate(one_by_one if self._way.in_order else by_chunks, positions)
@@ -319,6 +328,8 @@ class Attempt(Frame):
         self._token = Token()
 
     def _commit(self, results: list[Any]) -> None:
+        if self._asks_elsewhere():
+            self._token.servers = elsewhere.reached(self._session)
         self.pending = Pending(results, self._token, self._guard, self._batch.deadline)
         flight = self._session.flight(commits=True)
         try:
@@ -349,9 +360,12 @@ class Attempt(Frame):
             # Said without an error, so without a SQLSTATE of the server's.
             return psycopg.errors.InFailedSqlTransaction("the server rolled the batch back instead of committing it")
         failure = self._session.error(answer)
-        if self._inside or (is_refusal(failure) and self._session.status == TransactionStatus.IDLE):
+        if self._inside:
             return failure
-        return None
+        is_idle = self._session.status == TransactionStatus.IDLE
+        return (
+            failure if is_refusal(failure) and is_idle and elsewhere.is_refused(failure, self._token.servers) else None
+        )
 
 
 def unknown(batch_id: str, guard: Guard, token: Token, reason: BaseException | str) -> CommitUnknown:
