@@ -1066,6 +1066,67 @@ BREAKS = (
         (("    if loads_bytes:\n", "    if False:\n"),),
         ("test_postgres_settings.py::test_bytes_are_the_same_under_every_setting",),
     ),
+    Break(
+        "a refused password is waited for",
+        "P9",
+        "processors/postgres/refused.py",
+        (("return code.startswith(_FOR_GOOD)", "return False"),),
+        ("test_postgres_links.py::test_P9_who_is_refused_for_good_is_told_at_once[wrong_password-a string]",),
+    ),
+    Break(
+        "what libpq says is waited for",
+        "P9",
+        "processors/postgres/refused.py",
+        (("return bool(_SAID_FOR_GOOD.search(text)) and not _FOR_A_WHILE.search(text)", "return False"),),
+        ("test_postgres_links.py::test_P9_who_is_refused_for_good_is_told_at_once",),
+    ),
+    Break(
+        "libpq keeps the code to itself",
+        "P9",
+        "processors/postgres/connecting.py",
+        (("        ask_for_code(pgconn)\n", ""),),
+        ("test_postgres_links.py::test_P9_who_is_refused_for_good_is_told_at_once",),
+    ),
+    Break(
+        "a pool is not asked why it has no connection",
+        "P9",
+        "processors/postgres/borrowed.py",
+        (("                self._ask_why(give_up)\n", ""),),
+        ("test_postgres_links.py::test_P9_a_pool_that_is_refused_for_good_says_so",),
+    ),
+    Break(
+        "one host that refuses speaks for all",
+        "P9",
+        "processors/postgres/refused.py",
+        (
+            (
+                "{host for host, _ in attempts} == {host for host, for_good in attempts if for_good}",
+                "any(for_good for _, for_good in attempts)",
+            ),
+        ),
+        ("test_postgres_links.py::test_one_host_that_refuses_while_another_is_down_is_tried_again",),
+    ),
+    Break(
+        "half a connection is thrown away",
+        "P5",
+        "processors/postgres/connections.py",
+        (("stock.pause(making)", "making.close()"),),
+        ("test_postgres_links.py::test_P5_jobs_in_a_hurry_get_a_link_that_takes_longer_than_they_have",),
+    ),
+    Break(
+        "a connection is waited for as long as it takes",
+        "P5",
+        "processors/postgres/connections.py",
+        (("link = making.finish(give_up)", "link = making.finish(None)"),),
+        ("test_postgres_links.py::test_P5_no_connection_is_waited_for_beyond_the_deadline",),
+    ),
+    Break(
+        "no descriptor left is an error of the job",
+        "P5",
+        "processors/postgres/connecting.py",
+        (("if isinstance(error, OSError) and not isinstance(error, _FILES):", "if False:"),),
+        ("test_postgres_links.py::test_a_job_outlasts_a_second_without_descriptors",),
+    ),
 )
 
 

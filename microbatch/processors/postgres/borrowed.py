@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import psycopg
-from psycopg.pq import PipelineStatus, TransactionStatus
-from psycopg_pool import ConnectionPool
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo, PipelineStatus, TransactionStatus
+from psycopg_pool import ConnectionPool, PoolTimeout
 
 from microbatch.errors import OutcomeUnknown
 from microbatch.protocols import Batch
 
+from .connecting import Making, connect, failed_to_connect
 from .log import tell
 from .session import Facts, Session, before
+from .sqlstate import is_retryable
+
+_A_WHILE = 1.0  # seconds for a pool; then it is asked why it has none
 
 Source: TypeAlias = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
 
@@ -43,14 +49,15 @@ class BorrowedConnections:
         verdict: BaseException | None = None
         succeeded = committed = False
         try:
-            with self._source() as connection:
+            give_up = before(batch.deadline)
+            with _Entering(self._lender(give_up)) as connection:
                 try:
                     with self._alone(_checked(connection)):
                         _check_usable(connection)
                         is_ours = connection.info.transaction_status == TransactionStatus.IDLE
                         session = None
                         try:
-                            session = self._session(connection, before(batch.deadline))
+                            session = self._session(connection, give_up)
                             yield session
                         finally:
                             _end(connection, session is not None and session.is_open)
@@ -75,6 +82,10 @@ class BorrowedConnections:
         # "nothing was written", nor a failure into a success.
         if verdict is not None:
             raise verdict
+
+    def _lender(self, give_up: float | None) -> Source:
+        """What to call for a connection that is wanted no later than *give_up*."""
+        return self._source
 
     def _session(self, connection: psycopg.Connection[Any], give_up: float | None) -> Session:
         # On the connection, for what is known refers to it: a table of ours would keep both for ever. By lender,
@@ -124,23 +135,88 @@ class PooledConnections(BorrowedConnections):
     """A pool's connections, refused in a child of the process that opened the pool."""
 
     def __init__(self, pool: ConnectionPool[Any]) -> None:
-        super().__init__(self._connection, "a pool")
+        super().__init__(pool.connection, "a pool")
         self._pool = pool
         self._opened_in: int | None = None
+        self._failures = 0
         self._note_process()
 
-    def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+    def _lender(self, give_up: float | None) -> Source:
+        return lambda: self._connection(give_up)
+
+    @contextmanager
+    def _connection(self, give_up: float | None) -> Iterator[psycopg.Connection[Any]]:
         self._note_process()
         if self._opened_in not in (None, os.getpid()):
             raise RuntimeError(
                 "this connection pool was opened before the fork: parent and child would read each other's"
                 " answers; open the pool in the process that uses it, or pass a connection string"
             )
-        return self._pool.connection()
+        with ExitStack() as stack:
+            try:
+                connection = stack.enter_context(self._pool.connection(self._seconds(give_up, _A_WHILE)))
+            except PoolTimeout as late:
+                self._ask_why(give_up)
+                if (seconds := self._seconds(give_up, self._pool.timeout - _A_WHILE)) <= 0:
+                    raise late
+                connection = stack.enter_context(self._pool.connection(seconds))
+            self._failures = self._failures_so_far()
+            yield connection
+
+    def _seconds(self, give_up: float | None, most: float) -> float:
+        most = min(most, self._pool.timeout)
+        return most if give_up is None else min(most, max(0.0, give_up - time.monotonic()))
+
+    def _ask_why(self, give_up: float | None) -> None:
+        """A pool goes on connecting, whatever the server says. Raises what it says if that is for good."""
+        if self._failures_so_far() <= self._failures:
+            return
+        until = time.monotonic() + _A_WHILE
+        making = Making(connect(_parameters_of(self._pool)))
+        try:
+            connection = making.finish(until if give_up is None else min(until, give_up))
+            if connection is not None:
+                connection.close()
+        except psycopg.OperationalError as error:
+            if not is_retryable(error):
+                raise
+        finally:
+            making.close()
+
+    def _failures_so_far(self) -> int:
+        return self._pool.get_stats().get("connections_errors", 0)
 
     def _note_process(self) -> None:
         if self._opened_in is None and not self._pool.closed:
             self._opened_in = os.getpid()
+
+
+def _parameters_of(pool: ConnectionPool[Any]) -> dict[str, Any]:
+    conninfo: Any = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
+    given: Any = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    return conninfo_to_dict(conninfo, **{name: value for name, value in (given or {}).items() if name in known})
+
+
+class _Entering:
+    """The context manager that *source* gives; what keeps it from giving a connection says whether to try again."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __enter__(self) -> psycopg.Connection[Any]:
+        try:
+            self._given = self._source()
+            return self._given.__enter__()
+        except Exception as error:
+            failure = failed_to_connect(error)
+            if failure is None or failure is error:
+                raise
+        # Outside any handler: as its context psycopg's own error would come along.
+        raise failure
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._given.__exit__(*error)
 
 
 def _checked(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:

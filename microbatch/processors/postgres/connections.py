@@ -15,19 +15,19 @@ import psycopg
 
 from microbatch.protocols import Batch
 
-from .conninfo import connection_parameters
+from .connecting import Making, Steps, failed_to_connect
 from .flight import Prepared
 from .log import tell
-from .session import Session, before
+from .session import Facts, Session, asking, before
 
 _PATIENCE = 5.0  # seconds for an answer where no batch sets a deadline
 
 
 class OwnConnections:
-    """As many connections as there are batches in flight at once, kept for the next ones."""
+    """As many connections as there are batches in flight at once, kept for the next ones; *connect* makes one."""
 
-    def __init__(self, conninfo: str) -> None:
-        self._parameters = connection_parameters(conninfo)
+    def __init__(self, connect: Callable[[], Steps[psycopg.Connection[Any]]]) -> None:
+        self._connect = connect
         # By process id. Inherited ones stay here untouched: closing one would end the parent's session,
         # using one would mix the answers of two processes.
         self._stocks: dict[int, _Stock] = {}
@@ -42,14 +42,13 @@ class OwnConnections:
         A *fresh* one is made in the place of an idle one.
         """
         stock = self._stock()
-        link = stock.take()
-        if fresh and link is not None:
-            link.close()
-            link = None
-        link = link or self._connect(before(batch.deadline))
+        give_up = before(batch.deadline)
+        if fresh and (idle := stock.take()) is not None:
+            idle.close()
+        link = self._link(stock, give_up, fresh)
         stock.lend(batch.id, link)
         try:
-            link.session.give_up = before(batch.deadline)
+            link.session.give_up = give_up
             yield link.session
         finally:
             if not stock.take_back(batch.id, link):
@@ -59,7 +58,7 @@ class OwnConnections:
     def visit(self) -> Iterator[Session | None]:
         """A connection to look at, made if none is idle."""
         stock = self._stock()
-        link = stock.take() or self._connect(_soon())
+        link = self._link(stock, None)
         try:
             link.session.give_up = _soon()
             yield link.session
@@ -73,6 +72,8 @@ class OwnConnections:
         """Close the idle connections of this process; *leave* gets one of them to say goodbye."""
         stock = self._stock()
         has_left = False
+        while making := stock.resume():
+            making.close()
         while link := stock.take():
             try:
                 if not has_left:
@@ -90,20 +91,26 @@ class OwnConnections:
         # One step under the interpreter's lock: two threads that come first in a child get the same stock.
         return self._stocks.setdefault(os.getpid(), _Stock())
 
-    def _connect(self, give_up: float | None) -> Link:
-        error = None
+    def _link(self, stock: _Stock, give_up: float | None, fresh: bool = False) -> Link:
+        """One that is idle, or a new one. What comes too late for this batch is kept for another."""
+        link = (None if fresh else stock.take()) or self._made(stock, give_up)
+        if give_up is not None and give_up <= time.monotonic():
+            stock.add(link)
+            raise psycopg.OperationalError("no time is left before the batch's deadline")
+        return link
+
+    def _made(self, stock: _Stock, give_up: float | None) -> Link:
+        failure: Exception = psycopg.errors.ConnectionTimeout("no connection was made within the batch's deadline")
         try:
-            connection = psycopg.connect(autocommit=True, **self._parameters)
-        except psycopg.Error as failure:
-            error = failure
-        if error is not None:
-            # The same error anew: psycopg's own carries every connection parameter, the password too.
-            raise type(error)(*error.args)
-        try:
-            return Link(connection, give_up)
-        except BaseException:
-            connection.close()
-            raise
+            making = stock.resume() or Making(_steps(self._connect()))
+            link = making.finish(give_up)
+            if link is not None:
+                return link
+            stock.pause(making)
+        except Exception as error:
+            failure = failed_to_connect(error) or error
+        # Outside any handler: as its context psycopg's own error would come along.
+        raise failure
 
     def _discard(self, batch: Batch[Any], link: Link) -> None:
         defect = link.defect()
@@ -111,12 +118,22 @@ class OwnConnections:
         tell(logging.WARNING, "batch %s lost its connection (%s); the next one connects", batch.id, defect)
 
 
+def _steps(connect: Steps[psycopg.Connection[Any]]) -> Steps[Link]:
+    connection = yield from connect
+    try:
+        facts = yield from asking(connection, _PATIENCE)
+        return Link(connection, facts)
+    except BaseException:
+        connection.close()
+        raise
+
+
 class Link:
     """A connection with a second handle on its socket."""
 
-    def __init__(self, connection: psycopg.Connection[Any], give_up: float | None) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], facts: Facts) -> None:
         self.connection = connection
-        self.session = Session(connection, prepared=Prepared(), give_up=give_up)
+        self.session = Session(connection, facts, prepared=Prepared())
         self.was_cut = False
         # A descriptor of our own, because libpq closes its own when the link breaks, and by the time another
         # thread has read its number it may stand for a stranger's file.
@@ -150,10 +167,19 @@ class _Stock:
     """The connections of one process."""
 
     def __init__(self) -> None:
-        # Guards both containers, and that a link is cut only while the batch it is cut for holds it.
+        # Guards the containers, and that a link is cut only while the batch it is cut for holds it.
         self._lock = threading.RLock()
         self._idle: list[Link] = []
         self._lent: dict[str, Link] = {}
+        self._paused: list[Making[Link]] = []
+
+    def resume(self) -> Making[Link] | None:
+        with self._lock:
+            return self._paused.pop() if self._paused else None
+
+    def pause(self, making: Making[Link]) -> None:
+        with self._lock:
+            self._paused.append(making)
 
     def take(self) -> Link | None:
         # The latest one first: those that a quiet time leaves over stay at the bottom.

@@ -108,6 +108,18 @@ class Flight:
         self._pgconn.pipeline_sync()
         self._sent.append(_SYNC)
 
+    def extend(self, until: float | None) -> None:
+        """Give up then instead (monotonic)."""
+        self._give_up = until
+
+    def send(self) -> None:
+        """Send everything that is queued; `land` does so, too."""
+        try:
+            self._send_all()
+        except BaseException:
+            self._connection.close()
+            raise
+
     def land(self) -> list[list[PGresult]]:
         """Send everything and wait for every answer: per synchronisation point, one per command before it.
 

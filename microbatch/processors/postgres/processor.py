@@ -14,7 +14,9 @@ from microbatch.protocols import Batch
 
 from . import sqlstate
 from .borrowed import BorrowedConnections, PooledConnections, Source
+from .connecting import connect
 from .connections import OwnConnections
+from .conninfo import connection_parameters
 from .errors import Undecided
 from .guard import Guards
 from .order import Order, Ordered
@@ -284,10 +286,14 @@ def _is_empty(statement: Statement) -> bool:
 
 def _connections(conninfo: str | Source | ConnectionPool[Any]) -> Connections:
     if isinstance(conninfo, str):
-        return OwnConnections(conninfo)
+        parameters = connection_parameters(conninfo)
+        return OwnConnections(lambda: connect(parameters))
     if isinstance(conninfo, ConnectionPool):
         return PooledConnections(conninfo)
     if callable(conninfo):
+        pool = getattr(conninfo, "__self__", None)
+        if isinstance(pool, ConnectionPool) and conninfo == pool.connection:
+            return PooledConnections(pool)
         return BorrowedConnections(conninfo)
     raise TypeError(
         "conninfo must be a connection string, a callable that gives a context manager with a psycopg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,17 @@ import psycopg
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
+from .connecting import Steps, Wait
 from .flight import Flight, Prepared, is_error
 
 LEDGER = "microbatch_ledger"
 
-_LEAST, _MARGIN = 0.05, 0.25  # seconds
 _PATIENCE = 1000  # milliseconds for a lock, where there is no deadline
+# Set aside to say what became of the batch: a part of the time until its deadline, and so many seconds at most.
+_ASIDE, _MARGIN = 0.2, 0.25
 # Of the time until then: for a flight, for one that commits, for a statement.
 _SHARE, _COMMIT_SHARE, _STATEMENT_SHARE = 0.75, 0.5, 0.6
+_REST = 5.0  # seconds for the rest of an answer that has begun to come
 # Milliseconds. A server's timeouts are integers of 32 bits, and one of them is a little longer than the others.
 _LONGEST = 2**31 - 1 - 60_000
 
@@ -196,11 +200,26 @@ def before(deadline: float | None) -> float | None:
     if deadline is None:
         return None
     left = max(0.0, deadline - time.monotonic())
-    return deadline - min(_MARGIN, _LEAST + left / 10)
+    return deadline - min(_MARGIN, left * _ASIDE)
 
 
 def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Facts:
     """Look at the server behind *connection*; one round trip, and no trace in a transaction that is open."""
+    return _read(connection, _question(connection, give_up))
+
+
+def asking(connection: psycopg.Connection[Any], seconds: float) -> Steps[Facts]:
+    """The same, step by step: what the server is slow to answer, a later batch may read."""
+    flight = _question(connection, time.monotonic() + seconds)
+    flight.send()
+    while connection.pgconn.is_busy():
+        seconds = yield Wait(connection.pgconn.socket, select.POLLIN, seconds)
+        connection.pgconn.consume_input()
+    flight.extend(time.monotonic() + _REST)
+    return _read(connection, flight)
+
+
+def _question(connection: psycopg.Connection[Any], give_up: float | None) -> Flight:
     flight = Flight(connection, give_up=give_up)
     in_transaction = connection.info.transaction_status == TransactionStatus.INTRANS
     flight.run(_FACTS.encode())
@@ -208,6 +227,10 @@ def ask(connection: psycopg.Connection[Any], give_up: float | None = None) -> Fa
     if not in_transaction:
         flight.run(f"SELECT {MARKER}".encode())
         flight.sync()
+    return flight
+
+
+def _read(connection: psycopg.Connection[Any], flight: Flight) -> Facts:
     facts, *marker = flight.land()
     if is_error(facts[-1]):
         raise psycopg.errors.error_from_result(facts[-1], connection.info.encoding)

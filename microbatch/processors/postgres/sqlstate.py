@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psycopg
 import psycopg_pool
 
 from .errors import KeysTaken
+from .refused import tells_for_good
 
 
 class Kind(Enum):
@@ -52,6 +53,7 @@ _KINDS = {entry.code: entry.kind for entry in TABLE}
 _COMPLETION_UNKNOWN = "40003"
 _FEATURE_NOT_SUPPORTED = "0A000"
 _MARK = "_microbatch_is_final"
+_E = TypeVar("_E", bound=psycopg.Error)
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -68,13 +70,18 @@ def kind_of(error: BaseException) -> Kind:
     return _KINDS.get(code) or _KINDS.get(code[:2], Kind.PERMANENT)
 
 
+def is_listed(code: str) -> bool:
+    """Whether the table says something else of *code* than that the job is wrong."""
+    return code in _KINDS or code[:2] in _KINDS
+
+
 def is_retryable(error: BaseException) -> bool:
     """Whether the same job may succeed when tried again: the link was lost, or others were in the way."""
     return kind_of(error) is not Kind.PERMANENT and not hasattr(error, _MARK)
 
 
-def finally_failed(error: psycopg.Error) -> psycopg.Error:
-    """*error*, not to be tried again: it is what a second attempt came to."""
+def finally_failed(error: _E) -> _E:
+    """*error*, not to be tried again: it is what a second attempt came to, or will come to."""
     setattr(error, _MARK, True)
     return error
 
@@ -82,7 +89,7 @@ def finally_failed(error: psycopg.Error) -> psycopg.Error:
 def _is_lost_link(error: psycopg.Error) -> bool:
     # libpq's own failures come as OperationalError without SQLSTATE; psycopg uses the type for two others.
     others = (psycopg.errors.PipelineAborted, psycopg_pool.PoolClosed)
-    return isinstance(error, psycopg.OperationalError) and not isinstance(error, others)
+    return isinstance(error, psycopg.OperationalError) and not isinstance(error, others) and not tells_for_good(error)
 
 
 def is_refusal(error: BaseException) -> bool:
