@@ -38,6 +38,8 @@ def admit(core: Core, job: Job, submit_timeout: float, job_id: str | None) -> Jo
                 core.bell.put()
                 core.wake_at = NEVER
                 core.wake_before = -NEVER
+            if core.pinned is None:
+                core.pin()
             try:
                 core.put(job)
             except queue.Full:
@@ -72,6 +74,7 @@ def _accept_all(core: Core, jobs: list[Job], job_id: str | None) -> bool | None:
     if len(core.outstanding) + len(jobs) > core.bound or not core.intake.store.fits(len(jobs)):
         return False
     accepted = {}
+    core.pin()
     try:
         for job in jobs:
             job.sequence = job.future._sequence = next(core.sequence)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from .acceptance import admit, admit_all, refuse_closed
+from .belongings import Belongings
 from .calling import Processor
 from .collector import NEVER
 from .core import Core
@@ -96,11 +97,12 @@ class MicroBatcher(Generic[J, R]):
 
     def _open(self, core: Core) -> None:
         self._core = core
+        self._belongings = core.adopt()
         self._submit_timeout = core.options.submit_timeout
         timeout = core.options.delivery_timeout
         self._lifetime = NEVER if timeout is None else timeout
-        # Holds neither of them: a listener may lead from the core back to the batcher. Exit has hooks of its own.
-        weakref.finalize(self, _close, weakref.ref(core)).atexit = False
+        # Holds none of them: a listener may lead back to the batcher. Exit has hooks of its own.
+        weakref.finalize(self, _close, weakref.ref(core), weakref.ref(self._belongings)).atexit = False
 
     @classmethod
     def from_env(
@@ -327,7 +329,7 @@ class MicroBatcher(Generic[J, R]):
     # Helpers.
 
     def _check(self, job_id: str | None, priority: int, submit_timeout: float, delivery_timeout: float | None) -> None:
-        ordered, retry = self._core.intake.store.ordered, self._core.options.retry
+        ordered, retry = self._core.intake.store.ordered, self._belongings.retry
         check_submit(job_id, priority, submit_timeout, delivery_timeout, ordered=ordered, retry=retry)
 
     def _record(self, job: J, priority: int, delivery_timeout: float | None) -> Job:
@@ -353,8 +355,11 @@ class MicroBatcher(Generic[J, R]):
             return ShutdownReport(c.completed, c.failed, c.cancelled, c.unknown, tuple(core.undelivered), core.finished)
 
 
-def _close(core: weakref.ref[Core]) -> None:
-    """Of a batcher that nobody holds any more. A core that nobody holds either has no threads, and nothing to drain."""
+def _close(core: weakref.ref[Core], belongings: weakref.ref[Belongings]) -> None:
+    """Of a batcher that nobody holds any more. A core that nobody holds either has no threads, and nothing to drain.
+
+    Where its belongings die with it, their own finaliser sees to it: without them nothing could be closed.
+    """
     living = core()
-    if living is not None:
+    if living is not None and belongings() is not None:
         living.close()

@@ -24,12 +24,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .belongings import Belongings
 from .calling import Processor
 from .collector import NEVER, Intake
 from .errors import ForkedError, JobNotFound
@@ -48,6 +50,7 @@ from .job import (
 )
 from .logs import Log
 from .options import Options
+from .queues import MemoryQueue, store_factory
 from .registry import Registry
 from .returning import Returning
 from .stats import Counters, Stats, snapshot
@@ -90,15 +93,18 @@ class Core:
         clock: Callable[[], float],
         start: Callable[[Core], None],
     ) -> None:
-        self.processor = processor
-        self.options = options
+        registry = Registry(options.history, options.history_ttl)
+        belongings = Belongings(processor, Listeners(options.name), registry, options.retry, new_store)
+        # Set while there is something to do with them; see `rest`.
+        self.pinned: Belongings | None = belongings
+        self._adopted: weakref.ref[Belongings] | None = None
+        self.opens, self.closes = processor.open is not None, processor.close is not None
+        self.options = options.without_strangers()
         self.clock = clock
-        self.listeners = Listeners(options.name)
         self.closed = False
         self.inline = False  # one thread does everything: `testing.InlineBatcher`
         # How a job gets its future, on the submitting thread. Tracing puts another one here, which keeps the origin.
         self.new_future: Callable[[Core], JobFuture[Any]] = JobFuture
-        self._new_store = new_store
         self._start = start
         self._reset()
         cores.add(self)
@@ -108,11 +114,16 @@ class Core:
         self.lock = threading.RLock()
         self.outstanding: dict[int, Job] = {}
         self.sequence = itertools.count(1)
-        self.intake = Intake(self._new_store(), self.outstanding)
+        self.pin()
+        belongings = self.pinned
+        # None in a forked child whose parent holds a future of a batcher that is forgotten.
+        new_store = belongings.new_store if belongings else store_factory(MemoryQueue)
+        self.intake = Intake(new_store(), self.outstanding)
         # Bound here for `admit`, which runs for every job.
         self.put = self.intake.store.put
         self.bound = options.max_outstanding
-        self.registry = Registry(options.history, options.history_ttl)
+        if belongings:
+            belongings.registry = Registry(options.history, options.history_ttl)
         self.counters = Counters()
         self.batch_ids = map(f"{os.urandom(4).hex()}-{{}}".format, itertools.count(1))
         self.bell = Token()  # wakes the collecting worker
@@ -143,6 +154,60 @@ class Core:
         self.closers: list[Token] = []
         # Last: the fork check looks at it, and everything else is in place by then.
         self.here = process_mark()
+
+    # What the user brought.
+
+    @property
+    def belongings(self) -> Belongings:
+        """Pinned while anything is outstanding; else the batcher that calls holds them."""
+        belongings = self.pinned or (self._adopted and self._adopted())
+        assert belongings, "a forgotten batcher is at work"
+        return belongings
+
+    @property
+    def processor(self) -> Processor:
+        return self.belongings.processor
+
+    @property
+    def listeners(self) -> Listeners:
+        """Nobody of a batcher that is forgotten by now."""
+        belongings = self.pinned or (self._adopted and self._adopted())
+        return belongings.listeners if belongings else Listeners(self.options.name)
+
+    @property
+    def registry(self) -> Registry:
+        return self.belongings.registry
+
+    def adopt(self) -> Belongings:
+        """For the batcher, which is to hold them: from now on the core lets go of them when it comes to rest."""
+        belongings = self.belongings
+        belongings.owner = self
+        self._adopted = weakref.ref(belongings)
+        return belongings
+
+    def pin(self) -> None:
+        """Before anything is accepted: hold what it takes to end it."""
+        if self.pinned is None and self._adopted is not None:
+            self.pinned = self._adopted()
+
+    def rest(self) -> None:
+        """Under the lock, when something may have been the last: let go of what nothing is left to do with."""
+        if self.pinned is None or self._adopted is None or self.inline or self.outstanding or self.owed:
+            return
+        if not (self.closed or self.cancelling or self._in_flight()):
+            # May call `forgotten`, by the finaliser.
+            self.pinned = None
+
+    def _in_flight(self) -> bool:
+        return any(worker.jobs or worker.batch is not None for worker in self.workers)
+
+    def forgotten(self, belongings: Belongings) -> None:
+        """By a finaliser: have the threads end in good order."""
+        if sys.is_finalizing() or self.finished or not (self.workers or self.supervisor):
+            return
+        with self.lock:
+            self.pinned = belongings
+        self.close()
 
     # Wake-ups. Under the lock.
 
@@ -217,6 +282,9 @@ class Core:
             return self._cancel(future, sequence, ticket)
         finally:
             self.cancelling.pop(ticket, None)
+            if not self.outstanding:
+                with self.lock:
+                    self.rest()
 
     def _cancel(self, future: JobFuture[Any], sequence: int, ticket: object) -> bool:
         job: Job | None = None
@@ -278,10 +346,14 @@ class Core:
         with self.lock:
             job_id = future._job_id
             assert job_id is not None
+            self.pin()
+            if self.pinned is None:
+                return  # of a batcher that is forgotten: nobody can ask by the id
             if self._job_of(future, sequence) is not None:
                 self.registry.live[job_id] = future
             else:
                 self.registry.finish(job_id, future, self.clock())
+                self.rest()
 
     def _job_of(self, future: JobFuture[Any], sequence: int) -> Job | None:
         """Under the lock: the outstanding job of *future*. After a fork its number may be another job's."""
@@ -319,6 +391,7 @@ class Core:
         """Stop acceptance and wake everybody; safe in a finaliser."""
         self.check_process()
         with self.lock:
+            self.pin()
             self.closed = True
             if abandon_at < self.abandon_at:
                 self.abandon_at = abandon_at
@@ -374,7 +447,7 @@ class Core:
 
     def unclosed(self) -> bool:
         """Under the lock: the worker that had the processor to close died, and another one is to do it."""
-        return self.touched and self.processor.close is not None and not self.workers
+        return self.touched and self.closes and not self.workers
 
     def supervised(self) -> bool:
         return self.supervisor is not None and not self.supervisor.gone

@@ -65,6 +65,8 @@ class Flight:
                 seconds, limit = outcome.ended - outcome.began, core.options.max_batch_size
                 core.returning.expect(callers, outcome.backlog, seconds, core.clock(), max_batch_size=limit)
             core.after_ends()
+            self.answers = []  # errors hold frames, and these the processor
+            core.rest()
         for job, answer in zip(jobs, outcome.answers, strict=True):
             # The payload of a job that somebody else ended is theirs: they may not have told its event yet.
             if job.verdict is answer:

@@ -6,7 +6,7 @@ import difflib
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,13 @@ class Options:
                 f"linger={self.linger!r} must be below delivery_timeout={self.delivery_timeout!r}: "
                 "a job that lingers that long would never be processed"
             )
+
+    def without_strangers(self) -> Options:
+        """The same without the functions of the user's that it may hold."""
+        retry = self.retry
+        if type(retry) is RetryPolicy and retry.retry_on is not None:
+            retry = replace(retry, retry_on=None)
+        return replace(self, retry=retry, queue=MemoryQueue)
 
 
 def whole(name: str, value: object, *, least: int) -> None:

@@ -209,6 +209,7 @@ def _untold(core: Core) -> list[Job]:
     with core.lock:
         untold = _concluded(list(core.owed.items()))
         if not untold:
+            core.rest()
             core.teller = None  # under the lock, so that what comes now gets a new one
         return untold
 

@@ -128,14 +128,15 @@ class Supervisor:
     def _abandon(self) -> None:
         """Tell a processor that nobody waits any more for the batch it holds."""
         core = self.core
-        if core.processor.abandon is None:
+        belongings = core.pinned
+        if belongings is None or belongings.processor.abandon is None:
             return
         for worker in list(core.workers):
             batch = worker.batch
             if batch is not None and worker.stuck() and not worker.abandoned:
                 worker.abandoned = True
                 try:
-                    core.processor.abandon(batch)
+                    belongings.processor.abandon(batch)
                 except BaseException:
                     _log.exception("abandoning batch %s failed", batch.id)
 

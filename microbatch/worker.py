@@ -38,8 +38,7 @@ class Worker(Flight):
     def __init__(self, core: Core) -> None:
         super().__init__(core)
         self.thread = threading.current_thread()
-        self.judge = Judge(core.processor.is_retryable, core.options.retry)
-        self.opened = core.processor.open is None
+        self.opened = not core.opens
         self.leaving = False
         self.gone = False
 
@@ -111,6 +110,7 @@ class Worker(Flight):
                     core.wake_at = NEVER
                     return None
                 else:
+                    core.rest()
                     # The deadline of a job, submitted from now on, whose half-time is before the end of the sleep.
                     core.wake_before = 2 * found.until - now
                     core.wake_at = next(core.sequence) + found.jobs
@@ -193,12 +193,16 @@ class Worker(Flight):
             results, error = call(self.core.processor.process, batch)
             self.processing = False
             if error is None:
-                answers, alone, error = self.judge.results(batch, self.jobs, results)
+                answers, alone, error = self._judge().results(batch, self.jobs, results)
                 return Outcome(answers, began, error, alone)
             if not is_ordinary(error):
                 # It may come from outside, before the processor could look what became of the first attempt.
                 error = self._still_undecided(collected.undecided, error)
-        return Outcome(self.judge.failure(batch, self.jobs, error), began, error)
+        return Outcome(self._judge().failure(batch, self.jobs, error), began, error)
+
+    def _judge(self) -> Judge:
+        belongings = self.core.belongings
+        return Judge(belongings.processor.is_retryable, belongings.retry)
 
     def _open(self, collected: Collected) -> BaseException | None:
         """Open the processor for this thread; its failure is this batch's failure, the next one tries again."""
@@ -251,9 +255,10 @@ def leave(worker: Worker) -> None:
             return  # a child forked on this thread
         worker.leaving = True
         last = all(other.leaving for other in core.workers)
-    if last and core.touched and core.processor.close is not None:
+    if last and core.touched and core.closes:
         try:
             core.touched = False
+            assert core.processor.close is not None
             core.processor.close()
         except BaseException:
             _log.of(core.options.name).exception("closing the processor failed")

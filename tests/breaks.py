@@ -133,6 +133,27 @@ BREAKS = (
         seconds=6,
     ),
     Break(
+        "a core that is at rest holds the processor",
+        "P6",
+        "core.py",
+        (("            self.pinned = None\n", "            pass\n"),),
+        ("test_belongings.py::test_P6_a_forgotten_batcher_ends_although_what_it_was_given_leads_back_to_it[plain]",),
+        seconds=30,
+    ),
+    Break(
+        "a forgotten batcher does not close its processor",
+        "P6",
+        "core.py",
+        (
+            (
+                "        with self.lock:\n            self.pinned = belongings\n",
+                "        with self.lock:\n            pass\n",
+            ),
+        ),
+        ("test_belongings.py::test_P6_a_forgotten_batcher_ends_although_what_it_was_given_leads_back_to_it[plain]",),
+        seconds=30,
+    ),
+    Break(
         "the number of a job of the parent is taken for a job of the child",
         "P7",
         "core.py",

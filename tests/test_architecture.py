@@ -23,7 +23,7 @@ LEVELS = [
     "job events retry",
     "protocols",
     "queues registry returning stats calling",
-    "options collector judge telling",
+    "options collector judge telling belongings",
     "core",
     "acceptance flight owed",
     "worker supervisor",
