@@ -13,6 +13,7 @@ import psycopg
 
 from microbatch._rows import BadRow, Row
 from microbatch.errors import DeliveryTimeout, OutcomeUnknown
+from microbatch.processors.postgres.columns import column_of
 
 
 class Rejects:
@@ -102,9 +103,9 @@ class Tally:
 
 
 def describe(error: BaseException | str) -> dict[str, Any]:
-    """Class, SQLSTATE, constraint and message of *error*; a plain string comes from the reader of the input."""
+    """Class, SQLSTATE, constraint, column and message of *error*; a plain string comes from the reader of the input."""
     if isinstance(error, str):
-        return {"error": "BadRow", "sqlstate": None, "constraint": None, "message": error}
+        return {"error": "BadRow", "sqlstate": None, "constraint": None, "column": None, "message": error}
     cause = error.__cause__
     message = str(error).strip() or type(error).__name__
     origin = error if isinstance(error, psycopg.Error) else cause
@@ -112,5 +113,6 @@ def describe(error: BaseException | str) -> dict[str, Any]:
         "error": type(error).__name__,
         "sqlstate": getattr(origin, "sqlstate", None),
         "constraint": origin.diag.constraint_name if isinstance(origin, psycopg.Error) else None,
+        "column": column_of(error),
         "message": message if cause is None else f"{message} ({type(cause).__name__}: {str(cause).strip()})",
     }

@@ -617,6 +617,9 @@ def test_a_bad_row_fails_alone_with_an_error_of_its_own(payments: str, tmp_path:
     assert counts(done) == {"rows read": 1000, "committed": 988, "failed": 10, "unknown": 0, "refused": 2}
     assert found == {n + 2: (sqlstate, constraint) for n, (_, sqlstate, constraint) in bad.items()}
     assert len(entries) == len(found)
+    names = ["user_id", "amount", "status", "at", "at", "user_id", "user_id", "shop", "status", None, None, None]
+    assert [entry["column"] for entry in sorted(entries, key=lambda entry: entry["line"])] == names[: len(entries)]
+    assert all(entry["column"] in entry["message"] for entry in entries if entry["column"])
     assert written == {n + 1 for n in range(1000) if n not in bad}
     assert {entry["error"] for entry in entries if entry["sqlstate"] is None} == {"BadRow"}
 

@@ -11,6 +11,7 @@ import psycopg
 
 from microbatch.errors import MicrobatchError, OutcomeUnknown
 from microbatch.processors.postgres import BatchRolledBack
+from microbatch.processors.postgres.columns import column_of
 
 CONFLICT = "conflict"
 REFUSED = "refused"
@@ -41,9 +42,11 @@ class Failure:
     message: str
     sqlstate: str | None = None
     constraint: str | None = None
+    column: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without a column where none is known."""
+        return {name: value for name, value in asdict(self).items() if name != "column" or value is not None}
 
 
 class NotCompleted(MicrobatchError):
@@ -69,15 +72,15 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _refusal(error: psycopg.Error) -> Failure | None:
-    state, constraint = error.sqlstate, error.diag.constraint_name
+    state, constraint, column = error.sqlstate, error.diag.constraint_name, column_of(error)
     if state is None:
         if isinstance(error, psycopg.OperationalError):
             return None
-        return Failure(REFUSED, "The job cannot be sent to the database.")
+        return Failure(REFUSED, "The job cannot be sent to the database.", column=column)
     if state in _CONFLICTS:
-        return Failure(CONFLICT, f"The database has such a row: {_named(state)}.", state, constraint)
+        return Failure(CONFLICT, f"The database has such a row: {_named(state)}.", state, constraint, column)
     if state[:2] in _REFUSALS:
-        return Failure(REFUSED, f"The database refused the row: {_named(state)}.", state, constraint)
+        return Failure(REFUSED, f"The database refused the row: {_named(state)}.", state, constraint, column)
     return None
 
 

@@ -157,7 +157,7 @@ def _schemas(table: Table, max_jobs: int) -> dict[str, Schema]:
 
 
 def _failure() -> Schema:
-    return _object(
+    failure = _object(
         {
             "error": {"enum": sorted(HTTP_STATUS)},
             "message": {"type": "string"},
@@ -165,6 +165,8 @@ def _failure() -> Schema:
             "constraint": {"type": ["string", "null"]},
         }
     )
+    failure["properties"]["column"] = {"type": "string"}  # where it is known
+    return failure
 
 
 def _object(properties: dict[str, Schema]) -> Schema:

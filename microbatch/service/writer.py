@@ -10,6 +10,7 @@ import psycopg
 from psycopg import sql
 
 from microbatch.processors.postgres import PostgresProcessor
+from microbatch.processors.postgres.columns import column_of, renamed
 from microbatch.protocols import Batch
 
 from .failures import KEY_REUSED, Failure, NotCompleted
@@ -49,7 +50,8 @@ class RowWriter(PostgresProcessor):
         translated = Batch(
             parameters, id=batch.id, attempt=batch.attempt, trigger=batch.trigger, deadline=batch.deadline
         )
-        return [_result(answer) for answer in super().process(translated)]
+        answers = super().process(translated)
+        return [_result(answer, submission) for answer, submission in zip(answers, batch, strict=True)]
 
     def is_retryable(self, error: BaseException) -> bool:
         """See `PostgresProcessor`; also where another transaction has written the same entry meanwhile."""
@@ -58,8 +60,11 @@ class RowWriter(PostgresProcessor):
         return super().is_retryable(error)
 
 
-def _result(answer: Any) -> str | Exception:
+def _result(answer: Any, submission: Submission) -> str | Exception:
     if isinstance(answer, Exception):
+        columns = {f"v{number}": column for number, column in enumerate(submission.columns)}
+        if (column := columns.get(column_of(answer) or "")) is not None:
+            renamed(answer, column)
         return answer
     if answer["status"] == COMPLETED:
         return str(answer["result"])

@@ -71,6 +71,23 @@ def test_an_array_submits_many_and_answers_in_its_order(client: FlaskClient) -> 
     assert [item["result"]["user_id"] for item in waited.get_json()] == list(range(100, 150))
 
 
+def test_a_job_that_is_refused_for_one_of_its_columns_names_it(
+    make_app: Callable[..., Flask], shared_database: str
+) -> None:
+    with psycopg.connect(shared_database) as connection:
+        connection.execute("CREATE TYPE mood AS ENUM ('good'); CREATE TABLE moods (n int UNIQUE, mood mood NOT NULL)")
+    client = make_app(table="moods", columns=["n", "mood"]).test_client()
+
+    for job, column in (
+        ({"n": 1, "mood": "so-so"}, "mood"),
+        ({"n": 1, "mood": "good"}, None),
+        ({"n": 1, "mood": "good"}, "n"),
+    ):
+        answer = client.post("/submit-job?wait=20", json=job)
+        assert answer.status_code == {None: 200, "n": 409}.get(column, 422)
+        assert column is None or answer.get_json()["result"]["column"] == column
+
+
 def test_a_job_that_the_database_refuses_fails_alone_and_says_why(
     make_app: Callable[..., Flask], shared_database: str
 ) -> None:

@@ -26,6 +26,9 @@ SELECT json_build_object(
                       AND (k.conrelid = c.oid OR k.conrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
   'key_name', i.indexrelid::regclass::text,
   'key_constraint', (SELECT relname FROM pg_class WHERE oid = i.indexrelid),
+  'constraints', (SELECT json_agg(json_build_array(k.conname, a.attname) ORDER BY k.conname)
+      FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = k.conkey[1]
+      WHERE k.conrelid = c.oid AND cardinality(k.conkey) = 1),
   'usable_key', coalesce(i.indimmediate AND i.indisvalid, false),
   'columns', (SELECT json_agg(json_build_object(
       'name', a.attname, 'type', format_type(a.atttypid, -1), 'full_type', format_type(a.atttypid, a.atttypmod),
@@ -139,6 +142,7 @@ class Table:
     key_name: str | None
     key_constraint: str | None
     usable_key: bool
+    constraints: tuple[tuple[str, str], ...]  # those about one column, with that
     columns: tuple[Column, ...]
 
     @property
@@ -166,6 +170,7 @@ def look_up(session: Session, name: str, columns: Sequence[str]) -> Table:
         raise ValueError(f"there is no table {name} in this database, or not on the search path{hint}")
     found = json.loads((answer.get_value(0, 0) or b"").decode(session.connection.info.encoding))
     found["columns"] = tuple(_column(each) for each in found["columns"] or ())
+    found["constraints"] = tuple(map(tuple, found["constraints"] or ()))
     table = Table(**found)
     _check(table, name, columns)
     return table

@@ -66,7 +66,7 @@ def one_by_one(session: Session, way: Way, positions: Sequence[int]) -> Isolated
         if error is None:
             isolated.results |= way.read(single, answers[:-_FRAME])
         else:
-            isolated.errors[single[0]] = session.error(error)
+            isolated.errors[single[0]] = way.note(single[0], session.error(error))
     return isolated
 
 

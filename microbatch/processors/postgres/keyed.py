@@ -184,7 +184,7 @@ class KeyedAttempt(Attempt):
                 # The server says so itself, before the implicit commit or in its place.
                 self.pending = None
                 position = self._way.culprit(positions, number - before) if before <= number < before + count else None
-                raise Refused(self._session.error(answer), position)
+                raise self._refused(answer, position)
         return self._way.read(positions, answers[before : before + count])
 
     def _limit(self, flight: Flight) -> int:

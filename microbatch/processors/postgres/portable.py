@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 from microbatch.errors import OutcomeUnknown, ProcessorContractError
 from microbatch.protocols import Batch
 
+from .columns import at, said
 from .conversions import encoding_of, named, text_of
 from .errors import is_jobs_own
 from .guard import NoGuard, Token
@@ -25,7 +26,7 @@ from .parameters import Job, parameters_of
 from .session import Session
 from .sqlstate import is_refusal, kind_of
 from .transaction import Frame, Pending, unknown
-from .translate import as_result, count_of, once
+from .translate import as_result, count_of, once, placeholders
 
 _IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
 
@@ -85,7 +86,16 @@ class Portable(Frame):
         except Exception as error:
             if self._concerns_all(error, kind_of(error)):
                 raise
-            return named(self._last_word(error), self._connection)
+            return self._noted(named(self._last_word(error), self._connection))
+
+    def _noted(self, error: Exception) -> Exception:
+        if not isinstance(error, psycopg.Error):
+            return error
+        try:
+            _, names = placeholders(self._connection, self._statement)
+        except Exception:  # of a psycopg whose inside is unknown
+            names = ()
+        return at(error, said(error, names))
 
     def _culprit(self, jobs: Sequence[Any], error: Exception) -> dict[int, Exception]:
         """The first job that fails, found without keeping anything. Raises *error* if none of them does alone."""

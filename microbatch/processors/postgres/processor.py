@@ -14,6 +14,7 @@ from microbatch.protocols import Batch
 
 from . import sqlstate
 from .borrowed import BorrowedConnections, PooledConnections, Source
+from .columns import column_of
 from .connecting import connect
 from .connections import OwnConnections
 from .conninfo import connection_parameters
@@ -248,6 +249,14 @@ class PostgresProcessor:
     def is_retryable(self, error: BaseException) -> bool:
         """Whether the same jobs may succeed when tried again; the table is in `docs/postgres.rst`. Override at will."""
         return isinstance(error, Undecided) or sqlstate.is_retryable(error)
+
+    def column_of(self, error: BaseException) -> str | None:
+        """The column that *error*, a job's own, is about; of a statement the placeholder's name, where that is nearer.
+
+        None where the server does not tell, and for errors that are about no column. The same stands in a note of the
+        exception and in its text. Never a value.
+        """
+        return column_of(error)
 
     def abandon(self, batch: Batch[Job]) -> None:
         """Free the thread in `process(batch)` by cutting its connection; from any thread, without blocking.

@@ -9,9 +9,10 @@ import psycopg
 from psycopg.abc import Query
 from psycopg.pq.abc import PGresult
 
+from .columns import at, said
 from .flight import Flight
 from .parameters import Job
-from .translate import Bound, Reader, as_result, bind_jobs, count_of
+from .translate import Bound, Reader, as_result, bind_jobs, count_of, placeholders
 
 
 class StatementWay:
@@ -20,6 +21,8 @@ class StatementWay:
     in_order = True  # an UPDATE may leave to the next one what a CHECK then refuses
 
     def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
+        self._connection = connection
+        self._statement = statement
         bound = bind_jobs(connection, statement, jobs)
         self.refused: dict[int, Any] = {i: job for i, job in enumerate(bound) if isinstance(job, BaseException)}
         self._bound: list[Any] = bound  # a Bound where nothing was refused
@@ -33,6 +36,10 @@ class StatementWay:
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[command]
+
+    def note(self, position: int, error: psycopg.Error) -> psycopg.Error:
+        _, names = placeholders(self._connection, self._statement)
+        return at(error, said(error, names))
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
         results: dict[int, Any] = {}

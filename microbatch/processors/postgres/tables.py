@@ -11,6 +11,7 @@ from psycopg.pq.abc import PGresult
 
 from microbatch.errors import ProcessorContractError
 
+from .columns import at, found_in, said
 from .commands import KeyedCommands, Target, insert_row, merge
 from .errors import is_jobs_own
 from .flight import Flight
@@ -19,6 +20,8 @@ from .translate import Reader, as_result
 from .values import Row, RowDumper, array
 
 Key = tuple[bytes, ...]
+
+_OVERRIDE = "pass overriding='system' to insert_into, so that the jobs may give it"
 
 
 class Form:
@@ -59,6 +62,16 @@ class RowWay:
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[command]
+
+    def note(self, position: int, error: psycopg.Error) -> psycopg.Error:
+        names, row = self._whole(position)
+        column = said(error, names) or found_in(self._form.target.table, names, row, error)
+        remedy = _OVERRIDE if error.sqlstate == "428C9" else ""
+        return at(error, column, remedy)
+
+    def _whole(self, position: int) -> tuple[Sequence[str], Row]:
+        """The columns that one job alone sends, and their texts."""
+        return self._form.target.columns, self._rows[position]
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
         return {
@@ -133,6 +146,9 @@ class KeyedWay(RowWay):
         if len(results) != len(positions) and not self.careful:
             raise ProcessorContractError(f"{len(results)} rows came back for {len(positions)} keys")
         return results
+
+    def _whole(self, position: int) -> tuple[Sequence[str], Row]:
+        return (*self._form.drawn, *self._form.target.columns), self._whole_row(position)
 
     def look_up(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the question which of the keys are in the table."""

@@ -207,7 +207,7 @@ class Attempt(Frame):
             if is_error(answer):
                 command = number - before
                 is_job = 0 <= command < count
-                raise Refused(self._session.error(answer), self._way.culprit(positions, command) if is_job else None)
+                raise self._refused(answer, self._way.culprit(positions, command) if is_job else None)
         self._read_head(answers)
         if asks:
             self._token.servers = int(answers[-1].get_value(0, 0) or 0)
@@ -253,6 +253,10 @@ class Attempt(Frame):
                 self._roll_back()
                 self._raise_if_retried(error, kind_of(error))
         return isolated
+
+    def _refused(self, answer: PGresult, position: int | None) -> Refused:
+        error = self._session.error(answer)
+        return Refused(error if position is None else self._way.note(position, error), position)
 
     def _check_outdated(self, error: psycopg.Error) -> None:
         if error.sqlstate in self.outdated_by:

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg import pq
 from psycopg.abc import Buffer, Query
-from psycopg.adapt import Transformer
+from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
+from .columns import at
 from .conversions import context_of, encoding_of, named, text_of
 from .errors import is_jobs_own
 from .parameters import Job, parameters_of
@@ -62,9 +63,9 @@ def bind_jobs(
     connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]
 ) -> list[Bound | BaseException]:
     """Each job as *statement* with its values, or the error that says why it cannot be sent."""
-    query = PostgresQuery(Transformer.from_context(context_of(connection)))
-    if isinstance(statement, str) and encoding_of(connection) != connection.info.encoding:
-        statement = statement.encode()
+    transformer = Transformer.from_context(context_of(connection))
+    query = PostgresQuery(transformer)
+    statement = _encoded(connection, statement)
     bind: Callable[[Query, Any], None] = query.convert
 
     def next_ones(statement: Query, values: Any) -> None:
@@ -83,8 +84,32 @@ def bind_jobs(
         except BaseException as error:
             if not is_jobs_own(error):
                 raise
-            bound.append(named(error, connection))
+            column = _culprit(connection, statement, transformer.dump_sequence, job)
+            bound.append(at(named(error, connection), column))
     return bound
+
+
+def _encoded(connection: psycopg.Connection[Any], statement: Query) -> Query:
+    is_plain = encoding_of(connection) == connection.info.encoding
+    return statement.encode() if isinstance(statement, str) and not is_plain else statement
+
+
+def _culprit(
+    connection: psycopg.Connection[Any], statement: Query, dump: Callable[..., object], job: Job
+) -> str | None:
+    """The first placeholder for which *job* has no value, or one that cannot be sent."""
+    name = None
+    try:
+        _, names = placeholders(connection, statement)
+        parameters = parameters_of(job)
+        if isinstance(parameters, Mapping):
+            for name in names:
+                dump([parameters[name]], [PyFormat.AUTO])
+    except BaseException as error:
+        if not is_jobs_own(error):
+            raise
+        return name
+    return None
 
 
 class _Names(Mapping[str, None]):
@@ -107,7 +132,7 @@ def placeholders(connection: psycopg.Connection[Any], statement: Query) -> tuple
     """*statement* as it is sent, and the names of its parameters in their order; no names where they are `%s`."""
     query, names = PostgresQuery(Transformer.from_context(connection)), _Names()
     try:
-        query.convert(statement, names)
+        query.convert(_encoded(connection, statement), names)
     except TypeError:  # positional ones take no mapping
         return query.query, ()
     return query.query, tuple(names.asked)
@@ -115,7 +140,7 @@ def placeholders(connection: psycopg.Connection[Any], statement: Query) -> tuple
 
 def columns_of(answer: PGresult, encoding: str) -> list[str]:
     """The names of the columns of *answer*. Raises `ValueError` if two are the same: a dict would lose one of them."""
-    return once([(answer.fname(i) or b"").decode(encoding) for i in range(answer.nfields)])
+    return once([(answer.fname(i) or b"").decode(encoding, "replace") for i in range(answer.nfields)])
 
 
 def once(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
+from .columns import at
 from .conversions import context_of, named
 from .parameters import Job, parameters_of
 
@@ -51,7 +52,18 @@ class RowDumper:
         try:
             return self._transformer.dump_sequence(values, self._formats)
         except UnicodeEncodeError as error:
-            raise named(error, self._connection) from None
+            raise at(named(error, self._connection), self._culprit(values)) from None
+        except Exception as error:
+            at(error, self._culprit(values))
+            raise
+
+    def _culprit(self, values: Sequence[Any]) -> str | None:
+        for column, value in zip(self._columns, values, strict=True):
+            try:
+                self._transformer.dump_sequence([value], self._formats[:1])
+            except Exception:
+                return column
+        return None
 
     def _values(self, job: Job) -> list[Any]:
         parameters = job if type(job) is dict else parameters_of(job)
@@ -59,9 +71,10 @@ class RowDumper:
             try:
                 return [parameters[column] for column in self._columns]
             except KeyError as error:
-                raise psycopg.ProgrammingError(
+                lacking = psycopg.ProgrammingError(
                     f"the job lacks column {error.args[0]!r}; a job gives every column of insert_into, None for NULL"
-                ) from None
+                )
+                raise at(lacking, str(error.args[0])) from None
         if len(parameters) != len(self._columns):
             raise psycopg.ProgrammingError(
                 f"the job has {len(parameters)} values for {len(self._columns)} columns: {', '.join(self._columns)}"

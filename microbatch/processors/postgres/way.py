@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import psycopg
 from psycopg.pq.abc import PGresult
 
 from .flight import Flight
@@ -28,6 +29,9 @@ class Way(Protocol):
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         """Whose command the one with this number is; None if it is several jobs'."""
+
+    def note(self, position: int, error: psycopg.Error) -> psycopg.Error:
+        """*error*, which the server gave for this job alone, with the column that it is about."""
 
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
         """The result of each job; an exception where the row cannot be read."""

@@ -16,6 +16,7 @@ from microbatch.protocols import Batch
 
 from .catalogue import look_up
 from .commands import Target
+from .conversions import encoding_of
 from .guard import Guard, Guards
 from .keyed import KeyedAttempt
 from .keys import Keys, keys_of
@@ -66,11 +67,11 @@ class StatementWriter:
         try:
             command, _ = placeholders(session.connection, self._statement)
             answer = session.describe(command)
-        except psycopg.Error:
+        except (psycopg.Error, UnicodeError):
             if session.connection.closed:
                 raise
             return  # each job will be told; and perhaps the values of one tell the types that are missing here
-        columns_of(answer, session.connection.info.encoding)
+        columns_of(answer, encoding_of(session.connection))
 
     def forget(self, session: Session) -> None:
         """Nothing to forget."""
