@@ -71,25 +71,28 @@ def merge(target: Target) -> bytes:
 class KeyedCommands:
     """INSERTs with the *drawn* columns of the key in front, whose texts come back in front, too.
 
-    `one` and `all` insert; `careful_one` and `careful_all` leave a key alone that is there already. `look_up` takes the
-    drawn keys, `compare` whole rows; an array per column, both.
+    `one` and `all` insert; `careful_one` and `careful_all` leave a key alone that is there already. `compare` takes
+    whole rows, `look_up` the columns *key* of them, which is the whole key: its drawn part alone may be a stranger's,
+    too. An array per column, both.
     """
 
     def __init__(self, target: Target, drawn: tuple[str, ...]) -> None:
         table, names = target.table, (*drawn, *target.columns)
         casts, arrays, aliases = _sources(table, names)
-        into = b"INSERT INTO %s AS microbatch_t (%s)%s" % (
-            *(table.identifier(), _listed(names), target.overrides(drawn)),
-        )
+        self.count = len(names)
+        self.beginning = b"INSERT INTO %s AS microbatch_t (" % table.identifier()
+        into = b"%s%s)%s" % (self.beginning, _listed(names), target.overrides(drawn))
         one = b"%s VALUES (%s)" % (into, _parameters(len(names)))
         all_ = b"%s SELECT %s FROM ROWS FROM (%s) AS microbatch_s(%s)" % (into, casts, arrays, aliases)
         careful = b" ON CONFLICT (%s) DO NOTHING" % _listed([column.name for column in table.key])
         back = [*(b"%s.%s::pg_catalog.text" % (_ALIAS, quoted(name)) for name in drawn), *target.back(_ALIAS)]
         self.one, self.all = one + _returning(back), all_ + _returning(back)
         self.careful_one, self.careful_all = one + careful + _returning(back), all_ + careful + _returning(back)
-        self.look_up = b"SELECT %s FROM %s AS microbatch_t WHERE (%s) IN (SELECT %s FROM ROWS FROM (%s) AS s(%s))" % (
-            *(b", ".join(back), target.only(), _listed(drawn)),
-            *_sources(table, drawn),
+        self.key = [i for i, name in enumerate(names) if table.column(name).in_key]
+        whole = [table.column(names[i]) for i in self.key]
+        self.look_up = b"SELECT %s FROM %s AS microbatch_t WHERE (%s) IN (%s)" % (
+            *(b", ".join(back), target.only(), _listed([column.name for column in whole])),
+            _keys(whole),
         )
         # As text, because not every type can be compared; with the modifier, which rounds and pads.
         same = [
@@ -97,18 +100,40 @@ class KeyedCommands:
             % (quoted(name), i, table.column(name).full_type.encode())
             for i, name in enumerate(names)
         ]
+        indexed = [
+            b"t.%s = s.c%d::%s" % (quoted(names[i]), i, column.full_type.encode())
+            for i, column in zip(self.key, whole, strict=True)
+        ]
         self.compare = b"SELECT count(*) FROM %s AS t, ROWS FROM (%s) AS s(%s) WHERE %s" % (
             *(target.only(), arrays, aliases),
-            b" AND ".join(same),
+            b" AND ".join([*indexed, *same]),
         )
+
+
+def _keys(columns: Sequence[Column]) -> bytes:
+    """A query for the keys that are sent, an array per column: with the modifier, as they are stored, none cut."""
+    texts = [b"c%d" % i for i in range(len(columns))]
+    values = [_cast(text, column) for text, column in zip(texts, columns, strict=True)]
+    stored = [b"(%s)::%s" % (value, column.full_type.encode()) for value, column in zip(values, columns, strict=True)]
+    uncut = [
+        b" AND pg_catalog.rtrim((%s)::pg_catalog.text) = pg_catalog.rtrim((%s)::pg_catalog.text)" % (value, cut)
+        for value, cut, column in zip(values, stored, columns, strict=True)
+        if column.is_cut
+    ]
+    return b"SELECT %s FROM ROWS FROM (%s) AS s(%s) WHERE true%s" % (
+        *(b", ".join(stored), _arrays(len(columns)), b", ".join(texts), b"".join(uncut)),
+    )
 
 
 def _sources(table: Table, names: Sequence[str]) -> tuple[bytes, bytes, bytes]:
     """For a command that takes an array per column: the casts, the arrays, the aliases."""
     aliases = [b"c%d" % i for i in range(len(names))]
     casts = [_cast(alias, table.column(name)) for alias, name in zip(aliases, names, strict=True)]
-    arrays = [b"pg_catalog.unnest($%d::pg_catalog.text[])" % (i + 1) for i in range(len(names))]
-    return b", ".join(casts), b", ".join(arrays), b", ".join(aliases)
+    return b", ".join(casts), _arrays(len(names)), b", ".join(aliases)
+
+
+def _arrays(count: int) -> bytes:
+    return b", ".join(b"pg_catalog.unnest($%d::pg_catalog.text[])" % (i + 1) for i in range(count))
 
 
 def _cast(text: bytes, column: Column) -> bytes:

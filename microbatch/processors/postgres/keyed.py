@@ -9,8 +9,10 @@ What may happen, and what follows:
    waits for a first attempt that is still open, and so does a first attempt that arrives late for the retry.
    All rows went in: the first attempt left nothing, and the retry is committed. Otherwise it is rolled back (a part of
    the rows may have been deleted since, and must not come back), and the keys are looked up.
-4. A key may be a stranger's after a failover, or because somebody inserts by hand: the contents decide, and where they
-   cannot nobody knows.
+   Not one row can go in: no key would stop a first attempt that is still open, so it is ended before its jobs fail.
+4. The keys are there: on the server and the timeline that gave them they are the batch's own, for they are drawn
+   durably. After a failover they may be a stranger's, and so may a part of them where somebody inserts by hand: the
+   contents decide, and where they cannot nobody knows.
 """
 
 from __future__ import annotations
@@ -19,30 +21,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from microbatch.protocols import Batch
 
+from .catalogue import Table
+from .commands import KeyedCommands
 from .errors import CommitUnknown, KeysTaken, Undecided
 from .flight import Flight, is_error
 from .guard import NoGuard, Token
 from .keys import Keys
-from .session import Session
+from .session import MARKER, Session
 from .sqlstate import Kind, kind_of
 from .tables import KeyedWay
 from .transaction import Attempt, Pending, Refused, unknown
 from .translate import Reader
 
 _END = (
-    b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-    b" WHERE pid = $1::int AND extract(epoch FROM backend_start)::text = $2"
+    b"SELECT pg_terminate_backend(pid, 500) FROM pg_stat_activity WHERE pid = $1::int AND pid <> pg_backend_pid()"
+    # Of another role's process it is not told when it began.
+    b" AND coalesce(extract(epoch FROM backend_start)::text = $2, true)"
 )
-# Of another role's process it is not told when it began.
-_LIVES = (
-    b"SELECT FROM pg_stat_activity WHERE pid = $1::int AND coalesce(extract(epoch FROM backend_start)::text = $2, true)"
+# Behind a pooler nobody knows whose process it was: any that began before, and is at a command of a batch of the table.
+_STILL_OPEN = (
+    b"SELECT false FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    b" AND state <> 'idle' AND xact_start < $2::timestamptz AND (starts_with(query, $1)"
+    b" OR query IN ('COMMIT', 'SET CONSTRAINTS ALL IMMEDIATE') OR starts_with(query, 'SELECT set_config')) LIMIT 1"
+)
+_NOW = b"SELECT clock_timestamp()"
+_MARKER = f"SELECT {MARKER}".encode()
+_OWN_KEY = (
+    b"SELECT FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid JOIN pg_class t ON t.oid = x.indrelid"
+    b" JOIN pg_namespace n ON n.oid = t.relnamespace"
+    b" WHERE (i.oid = $1::oid OR i.oid IN (SELECT relid FROM pg_partition_tree($1::oid::regclass)))"
+    b" AND n.nspname = $2 AND t.relname = $3 AND i.relname = $4"
 )
 _UNIQUE = "23505"
+_OF_VALUES = ("22", "23")  # 23 for the check of a domain
 _COMMITTING = 2 / 3  # of a statement's time, where its flight commits as well and is given up sooner
+_GHOSTS = 2  # so often a key is taken and nobody has it: deleted meanwhile, or a trigger inserts another one
 _THEFTS = 20  # so often an attempt draws new keys; then somebody inserts by hand what the sequence gives, too
 _TAKEN = "the keys of this table are taken by others as fast as they are drawn"
 _ROUNDS = 5  # of a retry whose keys appear and disappear
@@ -59,6 +77,8 @@ class KeyGuard:
         self._positions = list(positions)
         self._results = results
         self._batch = batch
+        self.attempts: list[Token] = []
+        self.since = ""  # when the last of them was over for us, by the server's clock; asked behind a pooler only
 
     def begin(self, flight: Flight, token: Token) -> int:
         return 0
@@ -66,6 +86,7 @@ class KeyGuard:
     def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
         # The form's own reader may be at work for another batch on the connection that it belongs to.
         self._way.reader = Reader(session.connection)
+        self.attempts = self.attempts or [token]
         retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self)
         results = retry.look() if only_look and retry.can_look() else retry.run()
         if results is None:
@@ -98,28 +119,33 @@ class KeyedAttempt(Attempt):
     """The first attempt, and the isolation that may follow it."""
 
     def __init__(
-        self, session: Session, way: KeyedWay, batch: Batch[Any], keys: Keys, isolates: bool, key_constraint: str | None
+        self, session: Session, way: KeyedWay, batch: Batch[Any], keys: Keys, isolates: bool, table: Table
     ) -> None:
         super().__init__(session, way, batch, NoGuard(), isolates)
         self._keyed = way
         self._keys = keys
-        self._key_constraint = key_constraint
+        self._table = table
+        self._ghosts = 0
 
     def run(self) -> list[Any]:
         failed = dict(self._way.refused)
         if failed and not self._isolates:
             return self._all_failed(failed)
         positions = [i for i in range(len(self._batch)) if i not in failed]
-        if positions:
-            self._give_keys(positions)
-            results = self._first(positions, failed)
-            if results is None:
-                return [failed[i] for i in range(len(self._batch))]
-            return self._complete(results, failed)
-        return [failed[i] for i in range(len(self._batch))]
+        results = self._first(positions, failed) if positions else None
+        return self._complete(results or {}, failed)
 
-    def _give_keys(self, positions: Sequence[int]) -> None:
-        self._keyed.keys = dict(zip(positions, self._keys.draw(self._session, len(positions)), strict=True))
+    def _give_keys(self, positions: Sequence[int], failed: dict[int, Exception]) -> list[int]:
+        """Those that have keys; the others *failed* because a sequence has ended."""
+        keys, end = self._keys.draw(self._session, len(positions))
+        self._keyed.keys = dict(zip(positions, keys, strict=False))
+        keyless = positions[len(keys) :]
+        if end is not None and keyless:
+            failed |= dict.fromkeys(keyless, end)
+            if not self._isolates:
+                failed |= dict(enumerate(self._all_failed({keyless[0]: end})))
+                return []
+        return list(positions[: len(keys)])
 
     def _complete(self, results: dict[int, Any], failed: dict[int, Exception]) -> list[Any]:
         return [results[i] if i in results else failed[i] for i in range(len(self._batch))]
@@ -127,6 +153,9 @@ class KeyedAttempt(Attempt):
     def _first(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any] | None:
         """The results, committed; None if every job failed."""
         for _ in range(_THEFTS):
+            positions = self._give_keys(positions, failed)
+            if not positions:
+                return None
             try:
                 return self._by_steps(positions, failed) if self.is_suspect else self._fly(positions)
             except Refused as refused:
@@ -134,7 +163,6 @@ class KeyedAttempt(Attempt):
             if not self._is_theft(error, positions):
                 break
             self._keys.forget()
-            self._give_keys(positions)
         else:
             raise KeysTaken(_TAKEN)
         self._settle_failure(error, positions, failed)
@@ -151,7 +179,9 @@ class KeyedAttempt(Attempt):
                 if results:
                     self._roll_back()
                 self._keys.forget()
-                self._give_keys(positions)
+                positions = self._give_keys(positions, failed)
+                if not positions:
+                    return None
                 continue
             failed |= alone
             return self._commit_isolated(results, failed) if results else None
@@ -200,16 +230,25 @@ class KeyedAttempt(Attempt):
         return 1
 
     def _is_theft(self, error: psycopg.Error, positions: Sequence[int]) -> bool:
-        if error.sqlstate != _UNIQUE:
+        """Whether somebody has one of the keys, which is no job's fault."""
+        if error.sqlstate != _UNIQUE or not self._is_of_key(error):
             return False
-        if error.diag.constraint_name == self._key_constraint:
-            return True
-        # On a partition the constraint has the partition's name: look whether somebody has one of the keys.
         flight = self._session.flight()
         self._keyed.look_up(flight, positions)
         flight.sync()
         answer = flight.land()[0][-1]
-        return not is_error(answer) and answer.ntuples > 0
+        if not is_error(answer) and answer.ntuples:
+            return True
+        self._ghosts += 1
+        return self._ghosts <= _GHOSTS
+
+    def _is_of_key(self, error: psycopg.Error) -> bool:
+        """By schema and table, too: a trigger may write elsewhere. A partition has a constraint of its own."""
+        table, said = self._table, error.diag
+        where = (said.schema_name, said.table_name, said.constraint_name)
+        if where == (table.schema, table.name, table.key_constraint):
+            return True
+        return self._session.ask(_OWN_KEY, str(table.key_index), *where).ntuples > 0
 
     def _settle_failure(self, error: psycopg.Error, positions: list[int], failed: dict[int, Exception]) -> None:
         """Raise what the whole batch is tried again for; note what fails without a look at the others."""
@@ -234,23 +273,16 @@ class KeyedAttempt(Attempt):
     def _commit_isolated(self, results: dict[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
         ordered = self._complete(results, failed)
         self._guard = KeyGuard(self._keyed, list(results), ordered, self._batch)
-        self._token = self._new_token()
+        self._token = token_of(self._session)
         self._commit(ordered)
         return results
 
     def _undecided(self, positions: list[int], results: list[Any]) -> Pending:
         for i, error in self._way.refused.items():
             results[i] = error
-        self._token = self._new_token()
+        self._token = token_of(self._session)
         guard = KeyGuard(self._keyed, positions, results, self._batch)
         return Pending(results, self._token, guard, self._batch.deadline)
-
-    def _new_token(self) -> Token:
-        facts = self._session.facts
-        if facts.pooled:
-            return Token(marker=facts.marker)
-        pid = str(self._session.connection.info.backend_pid)
-        return Token(marker=facts.marker, pid=pid, backend_start=facts.backend_start)
 
 
 class KeyedRetry(Attempt):
@@ -280,6 +312,8 @@ class KeyedRetry(Attempt):
             psycopg.Error: not known yet.
         """
         self._keyed.careful = True
+        if self._session.facts.pooled and not self._owner.since:
+            self._owner.since = (self._session.ask(_NOW).get_value(0, 0) or b"").decode()
         try:
             for _ in range(_ROUNDS):
                 results = self._round()
@@ -304,11 +338,8 @@ class KeyedRetry(Attempt):
             Undecided: the first attempt's process still lives.
             CommitUnknown: it cannot be found out.
         """
-        token = self._first_token
         # Before the keys, in a transaction of its own: what it commits until it is gone is seen then.
-        if self._session.ask(_LIVES, token.pid, token.backend_start).ntuples:
-            self._end_orphan()
-            raise Undecided(f"the first attempt of batch {self._batch.id} is still open", batch_id=self._batch.id)
+        self._end_attempts()
         return self._found()
 
     def _round(self) -> dict[int, Any] | None:
@@ -318,7 +349,7 @@ class KeyedRetry(Attempt):
             self._roll_back()
             if kind_of(refused.error) not in (Kind.PERMANENT, Kind.STALE):
                 if kind_of(refused.error) is Kind.LOCK:
-                    self._end_orphan()
+                    self._end_attempts()
                 raise refused.error from None
             # Decided against the data of today. If the first attempt was committed, its keys tell.
             return self._found() or self._anew()
@@ -330,30 +361,56 @@ class KeyedRetry(Attempt):
 
     def _found(self) -> dict[int, Any] | None:
         """The rows of the first attempt; None if not one of the keys is there."""
-        flight = self._session.flight()
-        self._keyed.look_up(flight, self._positions)
-        flight.sync()
-        found = self._keyed.found(self._positions, self._checked(flight.land()[0][-1]))
+        found = self._look_up(self._positions)
+        if found is None:
+            found = {}
+            for i in self._positions:
+                found |= self._look_up([i]) or {}
         if not found:
             return None
         self._check_history(found)
         # What is not there any more has been deleted since: its job is done, and has no row.
         return {i: found.get(i) for i in self._positions}
 
+    def _look_up(self, positions: Sequence[int]) -> dict[int, Any] | None:
+        """The rows with the keys of these jobs; None where a value cannot be read, and so was never written."""
+        flight = self._session.flight()
+        self._keyed.look_up(flight, positions)
+        flight.sync()
+        answer = flight.land()[0][-1]
+        if is_error(answer) and (self._session.error(answer).sqlstate or "")[:2] in _OF_VALUES:
+            return None
+        return self._keyed.found(positions, self._checked(answer))
+
     def _check_history(self, found: dict[int, Any]) -> None:
         """Whether the rows found are this batch's, and not those of somebody who has its keys.
 
-        A batch is atomic: if one row is surely its own, all its keys were. Only after a crash or a failover, when keys
-        may have been given out twice, each row has to speak for itself.
+        A batch is atomic. On the server and the timeline that gave its keys they are its own where all of them are
+        there; where some are, one row that is surely its own speaks for all. Elsewhere each has to speak for itself.
         """
-        marker = self._first_token.marker
-        needed = 1 if marker is not None and marker == self._session.facts.marker else len(self._positions)
-        if len(found) < needed or self._count_own() < needed:
-            raise CommitUnknown(
-                f"batch {self._batch.id}: there are rows with its keys that are not what it wrote; they were changed"
-                " since, or are somebody else's who took the keys by hand or after a failover",
-                batch_id=self._batch.id,
-            )
+        all_there = len(found) == len(self._positions)
+        if self._is_same_history():
+            if all_there or self._keyed.may_change or self._count_own():
+                return
+        elif all_there and self._count_own() == len(found):
+            return
+        raise CommitUnknown(
+            f"batch {self._batch.id}: there are rows with its keys that are not what it wrote; they were changed"
+            " since, or are somebody else's who took the keys by hand or after a failover",
+            batch_id=self._batch.id,
+        )
+
+    def _is_same_history(self) -> bool:
+        """Whether this is the first attempt's server and timeline. A crash takes back no key that is logged."""
+        flight = self._session.flight(keep=False)
+        flight.run(_MARKER)
+        flight.sync()
+        answer = flight.land()[0][-1]
+        marker = None if is_error(answer) else answer.get_value(0, 0)
+        if marker is None or self._first_token.marker is None:
+            return False
+        parts = 2 if self._keyed.is_logged else 3
+        return marker.decode().split("/")[:parts] == self._first_token.marker.split("/")[:parts]
 
     def _count_own(self) -> int:
         flight = self._session.flight(keep=False)
@@ -370,6 +427,11 @@ class KeyedRetry(Attempt):
         if len(results) + len(failed) != len(self._positions):
             self._roll_back()  # a key has appeared meanwhile
             return None
+        if not results:
+            # There is nothing that it would meet.
+            self._end_attempts()
+            if found := self._found():
+                return found
         self._owner.fail(failed)
         if results:
             self._commit_retry(results)
@@ -378,22 +440,64 @@ class KeyedRetry(Attempt):
     def _commit_retry(self, results: dict[int, Any]) -> None:
         # Its own fate is the same question again, so nothing has to be kept for it.
         self._owner.forget_rows()
+        self._owner.attempts.append(token_of(self._session))
+        self._owner.since = ""
         flight = self._session.flight(commits=True)
         flight.run(b"COMMIT")
         flight.sync()
         self._checked(flight.land()[0][-1])
         self._session.is_open = False
 
-    def _end_orphan(self) -> None:
-        """End the server process of the first attempt: nobody listens to it any more, and it holds its keys."""
-        token = self._first_token
-        if token.pid:
+    def _end_attempts(self) -> None:
+        """End the server processes of the attempts before: nobody listens to them any more, and they hold the keys.
+
+        Raises:
+            Undecided: one of them is still open.
+        """
+        for token in self._owner.attempts:
             flight = self._session.flight(keep=False)
-            flight.run(_END, [token.pid.encode(), token.backend_start.encode()])
+            if token.pid:
+                flight.run(_END, [token.pid.encode(), token.backend_start.encode()])
+            else:
+                flight.run(_STILL_OPEN, [self._keyed.beginning, self._owner.since.encode()])
             flight.sync()
-            flight.land()
+            answer = flight.land()[0][-1]
+            if is_error(answer) or (answer.ntuples and answer.get_value(0, 0) != b"t"):
+                raise Undecided(f"an attempt of batch {self._batch.id} is still open", batch_id=self._batch.id)
 
     def _checked(self, answer: PGresult) -> PGresult:
         if is_error(answer):
             raise self._session.error(answer)
         return answer
+
+
+def token_of(session: Session) -> Token:
+    """What tells an attempt on *session* from others."""
+    facts = session.facts
+    if facts.pooled:
+        return Token(marker=facts.marker)
+    pid = str(session.connection.info.backend_pid)
+    return Token(marker=facts.marker, pid=pid, backend_start=facts.backend_start)
+
+
+def refusal_of(session: Session, commands: KeyedCommands) -> str:
+    """Why the server does not take *commands*, in its own words; empty if it does. Writes nothing.
+
+    Raises:
+        psycopg.Error: it did not come to an answer.
+    """
+    inside = session.status == TransactionStatus.INTRANS
+    flight = session.flight(keep=False)
+    if inside:
+        flight.run(b"SAVEPOINT microbatch_plan")
+    for command, parameters in ((commands.careful_all, commands.count), (commands.look_up, len(commands.key))):
+        flight.run(b"EXPLAIN " + command, [None] * parameters)
+    flight.sync()
+    if inside:
+        flight.run(b"ROLLBACK TO microbatch_plan")
+        flight.run(b"RELEASE microbatch_plan")
+        flight.sync()
+    errors = [session.error(answer) for answer in flight.land()[0] if is_error(answer)]
+    if errors and kind_of(errors[0]) is not Kind.PERMANENT:
+        raise errors[0]
+    return str(errors[0]).partition("\n")[0] if errors else ""

@@ -124,7 +124,11 @@ class KeyedWay(RowWay):
         self._commands = form.keyed
         self.keys: dict[int, Key] = {}
         self.careful = False
-        self.has_deferred = form.target.table.deferred
+        table = form.target.table
+        self.has_deferred = table.deferred
+        self.may_change = table.notice.after_insert  # a row of its own, before anybody sees it
+        self.is_logged = all(table.column(name).is_logged for name in form.drawn)
+        self.beginning = form.keyed.beginning
 
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         commands = self._commands
@@ -152,7 +156,8 @@ class KeyedWay(RowWay):
 
     def look_up(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the question which of the keys are in the table."""
-        _run(flight, self._commands.look_up, self._arrays(positions)[: len(self._form.drawn)])
+        arrays = self._arrays(positions)
+        _run(flight, self._commands.look_up, [arrays[i] for i in self._commands.key])
 
     def compare(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the count of rows that hold exactly what the jobs gave."""

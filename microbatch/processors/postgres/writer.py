@@ -15,10 +15,10 @@ from microbatch.logs import Log
 from microbatch.protocols import Batch
 
 from .catalogue import look_up
-from .commands import Target
+from .commands import KeyedCommands, Target
 from .conversions import encoding_of
 from .guard import Guard, Guards
-from .keyed import KeyedAttempt
+from .keyed import KeyedAttempt, refusal_of
 from .keys import Keys, keys_of
 from .plan import Plan, Strategy, plan_for
 from .portable import Portable
@@ -90,7 +90,6 @@ class Planned:
         self.plan = plan
         self.read_at = read_at
         self.form = Form(session.connection, target, plan.drawn)
-        self.key_constraint = target.table.key_constraint
         self.keys: Keys | None = keys_of(target.table, plan.drawn) if plan.strategy == "keys" else None
 
 
@@ -142,7 +141,7 @@ class TableWriter:
             return self._plain(session, MergeWay(planned.form, batch), batch, guards.choose(session))
         assert planned.keys is not None
         way = KeyedWay(planned.form, batch)
-        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.key_constraint)
+        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.form.target.table)
 
     def _plain(self, session: Session, way: RowWay, batch: Batch[Any], guard: Guard) -> Attempt:
         return Attempt(session, way, batch, guard, self._isolates)
@@ -160,9 +159,13 @@ class TableWriter:
             known.read_at = now
             return known
         encoding, version = session.connection.info.encoding, session.facts.version
-        plan = plan_for(table, self._columns, version, encoding, bool(self._on_conflict), self._has_ledger)
+        options = (self._columns, version, encoding, bool(self._on_conflict), self._has_ledger)
+        plan = plan_for(table, *options)
         once(self._returning or ())
         target = Target(table, self._columns, self._returning, self._on_conflict, self._overriding)
+        if plan.strategy == "keys" and self._strategy in ("auto", "keys"):
+            refusal = refusal_of(session, KeyedCommands(target, plan.drawn))
+            plan = plan_for(table, *options, refusal) if refusal else plan
         planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), now)
         self._tell(planned.plan)
         return planned
