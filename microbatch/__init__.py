@@ -11,6 +11,7 @@ from .errors import (
     OutcomeUnknown,
     ProcessorContractError,
     QueueFull,
+    ThreadsUnavailable,
     WorkerDied,
 )
 from .events import (
@@ -47,6 +48,7 @@ __all__ = [  # noqa: RUF022 - grouped as a user meets them
     "MicrobatchError",
     "BatcherClosed",
     "QueueFull",
+    "ThreadsUnavailable",
     "DeliveryTimeout",
     "JobNotFound",
     "MissingExtra",

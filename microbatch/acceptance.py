@@ -11,7 +11,7 @@ from typing import Any
 
 from .collector import NEVER
 from .core import Core
-from .errors import BatcherClosed, QueueFull
+from .errors import BatcherClosed, QueueFull, ThreadsUnavailable
 from .interpreter import Token
 from .job import Job, JobFuture
 
@@ -56,13 +56,13 @@ def admit(core: Core, job: Job, submit_timeout: float, job_id: str | None) -> Jo
 
 
 def admit_all(core: Core, jobs: list[Job], submit_timeout: float) -> None:
-    """Accept all *jobs* or none."""
+    """Accept all *jobs* or none. `ValueError` if they are more than could ever be."""
     if len(jobs) > core.bound:
         with core.lock:
             core.counters.rejections["too_many"] += len(jobs)
-        raise QueueFull(
+        raise ValueError(
             f"{len(jobs)} jobs can never fit at once into max_outstanding={core.bound}: "
-            "submit them in slices, or raise max_outstanding"
+            "use map(), which takes any number, or raise max_outstanding"
         )
     _wait_for_places(core, len(jobs), submit_timeout, lambda: _accept_all(core, jobs, None))
 
@@ -137,6 +137,13 @@ def _unblock(core: Core, waiter: tuple[int, Token]) -> None:
         core.blocked.remove(waiter)
     except ValueError:
         pass
+
+
+def refuse_without_threads(core: Core, need: int) -> ThreadsUnavailable:
+    """Count *need* jobs that nobody could process; the error for them."""
+    with core.lock:
+        core.counters.rejections["threads"] += need
+    return ThreadsUnavailable("no thread can be started: the job was not accepted")
 
 
 def refuse_closed(core: Core, need: int) -> BatcherClosed:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
-from .acceptance import admit, admit_all, refuse_closed
+from .acceptance import admit, admit_all, refuse_closed, refuse_without_threads
 from .belongings import Belongings
 from .calling import Processor
 from .collector import NEVER
 from .core import Core
 from .events import Event, JobSubmitted
 from .job import Job, JobFuture, JobStatus
-from .life import finish_without_threads, start_threads, wait_for_all, wait_for_finish
+from .life import bound_of_shutdown, finish_without_threads, start_threads, wait_for_all, wait_for_finish
+from .mapping import results_of
 from .options import DEFAULT, Options, check_submit, options_from_env, seconds
 from .owed import cancel_all
 from .protocols import Batch, BatchProcessor
@@ -89,6 +91,7 @@ class MicroBatcher(Generic[J, R]):
             history_ttl,
             name,
         )
+        self._processor, self._options = processor, options
         self._open(Core(Processor(processor), options, store_factory(queue), *self._drive()))
 
     def _drive(self) -> tuple[Callable[[], float], Callable[[Core], None]]:
@@ -142,7 +145,7 @@ class MicroBatcher(Generic[J, R]):
         Raises:
             QueueFull: no place within *submit_timeout*; on the batcher's own threads at once.
             BatcherClosed: `shutdown` has begun, also while this call waited.
-            RuntimeError: no thread can be started.
+            ThreadsUnavailable: no thread can be started.
             TypeError, ValueError: a bad argument.
 
         Whatever it raises, the job was not accepted. (One exception: an interrupt such as Ctrl-C may arrive just
@@ -183,7 +186,8 @@ class MicroBatcher(Generic[J, R]):
         """Accept all *jobs* in their order, or none of them; see `submit`. Cheaper than one by one.
 
         Raises:
-            QueueFull: also at once when they are more than `max_outstanding`.
+            ValueError: they are more than `max_outstanding`, and could never be accepted together; `map` takes any
+                number.
         """
         core = self._core
         core.check_process()
@@ -225,6 +229,57 @@ class MicroBatcher(Generic[J, R]):
             submit_timeout=submit_timeout,
             delivery_timeout=delivery_timeout,
         ).result()
+
+    @overload
+    def map(
+        self,
+        jobs: Iterable[J],
+        *,
+        priority: int = 0,
+        delivery_timeout: float | None = DEFAULT,
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self,
+        jobs: Iterable[J],
+        *,
+        priority: int = 0,
+        delivery_timeout: float | None = DEFAULT,
+        return_exceptions: bool,
+    ) -> Iterator[R | BaseException]: ...
+    def map(
+        self,
+        jobs: Iterable[J],
+        *,
+        priority: int = 0,
+        delivery_timeout: float | None = DEFAULT,
+        return_exceptions: bool = False,
+    ) -> Iterator[Any]:
+        """The results of any number of *jobs*, in their order, in bounded memory.
+
+        *jobs* is read as results are taken, some batches ahead. The first error is raised where its result would
+        come; closing the iterator, as an error does, stops the reading, and what was accepted goes on. While others
+        take all places it waits, unless `when_full="raise"`.
+
+        Args:
+            return_exceptions: yield errors in the place of results.
+
+        Raises:
+            RuntimeError: on the batcher's own threads, where it would wait for itself.
+        """
+        core, options = self._core, self._core.options
+        core.check_process()
+        self._check(None, priority, DEFAULT, delivery_timeout)
+        if core.on_own_thread():
+            raise RuntimeError("map() on a thread of its own batcher would wait for itself; use submit()")
+        return results_of(
+            partial(self.submit, priority=priority, delivery_timeout=delivery_timeout),
+            jobs,
+            window=min(options.max_outstanding, options.max_batch_size * (2 * options.max_concurrent_batches + 1)),
+            patient=options.when_full == "block" and options.submit_timeout > 0,
+            return_exceptions=return_exceptions,
+        )
 
     def status(self, job_id: str) -> JobStatus:
         """The status of a job of this process, by its id.
@@ -271,13 +326,19 @@ class MicroBatcher(Generic[J, R]):
                 timeout is kept all the same.
             cancel_futures: cancel what is queued; what waits for a retry fails with `BatcherClosed`.
             timeout: seconds, after which queued jobs fail with `BatcherClosed` and running ones become
-                unknown; both are handed back in the report.
+                unknown; both are handed back in the report. None waits as long as the jobs' deadlines, and 10
+                seconds for jobs that have none and may be tried again for ever.
         """
         if timeout is not None:
             seconds("timeout", timeout)
         core = self._core
         core.check_process()
-        core.close(NEVER if timeout is None else core.clock() + timeout)
+        if timeout is None:
+            core.close()
+            bound = bound_of_shutdown(core)
+            timeout = None if bound == NEVER else bound
+        if timeout is not None:
+            core.close(core.clock() + timeout)
         if cancel_futures:
             cancel_all(core)
         if not wait or core.on_own_thread():
@@ -309,6 +370,21 @@ class MicroBatcher(Generic[J, R]):
         with self._core.lock:
             self._core.listeners.remove(event_type, listener)
 
+    @property
+    def name(self) -> str:
+        """As given; it begins every line of the log, and stands in every event and in the names of threads."""
+        return self._options.name
+
+    @property
+    def processor(self) -> BatchProcessor[J, R] | Callable[[Batch[J]], Sequence[R | Exception] | None]:
+        """The one that was given."""
+        return self._processor
+
+    @property
+    def options(self) -> Options:
+        """All of them as given or by default; frozen."""
+        return self._options
+
     def stats(self) -> Stats:
         """A consistent snapshot of the counters."""
         return self._core.stats()
@@ -326,11 +402,16 @@ class MicroBatcher(Generic[J, R]):
         state = "shut down" if core.finished else "shutting down" if core.closed else "open"
         return f"<{type(self).__name__} {core.options.name!r}, {state}, {len(core.outstanding)} outstanding>"
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: its threads and futures belong to this process;"
+            " make one in the process that uses it"
+        )
+
     # Helpers.
 
     def _check(self, job_id: str | None, priority: int, submit_timeout: float, delivery_timeout: float | None) -> None:
-        ordered, retry = self._core.intake.store.ordered, self._belongings.retry
-        check_submit(job_id, priority, submit_timeout, delivery_timeout, ordered=ordered, retry=retry)
+        check_submit(job_id, priority, submit_timeout, delivery_timeout, ordered=self._core.intake.store.ordered)
 
     def _record(self, job: J, priority: int, delivery_timeout: float | None) -> Job:
         core = self._core
@@ -341,7 +422,10 @@ class MicroBatcher(Generic[J, R]):
     def _start(self, jobs: int) -> None:
         if self._core.closed:
             raise refuse_closed(self._core, jobs)
-        self._core.start_threads()
+        try:
+            self._core.start_threads()
+        except RuntimeError as error:
+            raise refuse_without_threads(self._core, jobs) from error
 
     def _tell_submitted(self, job: J, future: JobFuture[Any], priority: int) -> None:
         if self._core.listeners.want(JobSubmitted):

@@ -21,6 +21,13 @@ class QueueFull(MicrobatchError, queue.Full):
     """`max_outstanding` jobs (or the queue's own `maxsize`) are reached: the job was not accepted."""
 
 
+class ThreadsUnavailable(MicrobatchError, RuntimeError):
+    """No thread can be started in this process, and the batcher has none yet: the job was not accepted.
+
+    The limit of threads or of memory is reached, or the interpreter is ending.
+    """
+
+
 class DeliveryTimeout(MicrobatchError):
     """The job's `delivery_timeout` passed and it left no trace; `__cause__` is its last error, if it had one.
 

@@ -169,6 +169,12 @@ class JobFuture(Future[R]):
         self._owner = owner
         self._sequence = 0
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a JobFuture cannot be pickled or copied: it is resolved in the process that submitted the job;"
+            " send its result, or submit the job in the process that uses it"
+        )
+
     @property
     def job_id(self) -> str:
         """The id given to `submit`, else an unguessable one that is made when first read."""

@@ -97,6 +97,18 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
         return core.finished
 
 
+def bound_of_shutdown(core: Core) -> float:
+    """Seconds for a shutdown that has none, where jobs without a deadline may be tried again for ever."""
+    retry = core.options.retry
+    with core.lock:
+        deadlines = [job.deadline for job in list(core.outstanding.values())]
+    if retry is None or retry.max_attempts is not None or NEVER not in deadlines:
+        return NEVER
+    # Those that have a deadline end there, and not as undelivered ones.
+    latest = max((deadline for deadline in deadlines if deadline != NEVER), default=-NEVER)
+    return max(CLOSE_SECONDS, latest - core.clock() + _GRACE)
+
+
 def finish_without_threads(core: Core) -> None:
     """Complete the shutdown on this thread if the batcher never had one of its own."""
     if core.supervisor is not None:

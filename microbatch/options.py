@@ -37,7 +37,8 @@ class Options:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
-        check_delivery_timeout(self.delivery_timeout, self.retry)
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise TypeError(f"retry must be a RetryPolicy or None, not {self.retry!r}")
         if self.delivery_timeout is not None and self.linger >= self.delivery_timeout:
             raise ValueError(
                 f"linger={self.linger!r} must be below delivery_timeout={self.delivery_timeout!r}: "
@@ -100,17 +101,6 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
 }
 
 
-def check_delivery_timeout(value: float | None, retry: RetryPolicy | None) -> None:
-    if retry is not None and not isinstance(retry, RetryPolicy):
-        raise TypeError(f"retry must be a RetryPolicy or None, not {retry!r}")
-    _life("delivery_timeout", value)
-    if value is None and retry is not None and retry.max_attempts is None:
-        raise ValueError(
-            "delivery_timeout=None with a retry policy of max_attempts=None would retry for ever; "
-            "give one of them a number, or pass retry=None"
-        )
-
-
 def check_submit(
     job_id: str | None,
     priority: int,
@@ -118,7 +108,6 @@ def check_submit(
     delivery_timeout: float | None,
     *,
     ordered: bool,
-    retry: RetryPolicy | None,
 ) -> None:
     """Refuse what one `submit` may not say; *ordered* is whether the queue keeps an order."""
     if job_id is not None and not isinstance(job_id, str):
@@ -135,7 +124,7 @@ def check_submit(
     if submit_timeout is not DEFAULT:
         seconds("submit_timeout", submit_timeout)
     if delivery_timeout is not DEFAULT:
-        check_delivery_timeout(delivery_timeout, retry)
+        _life("delivery_timeout", delivery_timeout)
 
 
 def _number(text: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from .job import QUEUED, Job
 
 TRIGGERS = ("size", "idle", "linger", "flush", "retry", "shutdown")
-REASONS = ("full", "queue", "too_many", "closed")
+REASONS = ("full", "queue", "too_many", "threads", "closed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Stats:
 
     Attributes:
         submitted: jobs accepted; always the sum of completed, failed, cancelled, unknown and outstanding.
-        rejected: jobs refused with `QueueFull`.
+        rejected: jobs that an open batcher refused; `rejections` says why.
         retries: attempts after the first.
         isolated: jobs that failed alone, by the processor's word, in a batch that went on.
         late_results: results that came after their job had an outcome, and were dropped.
@@ -32,7 +32,7 @@ class Stats:
         queue_wait_seconds: sum over jobs of the time from submit to the first hand-over.
         process_seconds: sum over batches of the time inside the processor.
         rejections: jobs refused, by reason: `full` (`max_outstanding`), `queue` (its own bound), `too_many` (for one
-            `submit_many`), `closed` (`BatcherClosed`, which `rejected` leaves out).
+            `submit_many`), `threads` (`ThreadsUnavailable`), `closed` (`BatcherClosed`, which `rejected` leaves out).
         blocked_submits: calls of `submit` and its kin that had to wait for a place.
         blocked_seconds: sum over those of their wait, once it is over.
     """
@@ -120,8 +120,8 @@ class Counters:
         return self.completed + self.failed + self.cancelled + self.unknown
 
     def rejected(self) -> int:
-        """Jobs that met `QueueFull`."""
-        return self.rejections["full"] + self.rejections["queue"] + self.rejections["too_many"]
+        """Jobs that were refused by an open batcher."""
+        return sum(self.rejections.values()) - self.rejections["closed"]
 
 
 def snapshot(c: Counters, jobs: Sequence[Job], now: float) -> Stats:

@@ -26,6 +26,9 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 
+_ENDLESS = 3600.0  # seconds of the clock
+
+
 class ManualClock:
     """A monotonic clock that stands still until it is moved. Call it to read it; seconds."""
 
@@ -157,8 +160,9 @@ class InlineBatcher(MicroBatcher[J, R]):
         self._running = True
         core.own.add(threading.get_ident())
         name = name_thread(core.options.name)
+        give_up = self.clock.now + _ENDLESS
         try:
-            while self._supervisor.check() and (self._turn() or self._jump()):
+            while self._supervisor.check() and (self._turn() or self._jump(give_up)):
                 pass
         finally:
             name_thread(name)
@@ -191,13 +195,17 @@ class InlineBatcher(MicroBatcher[J, R]):
         if not self._held:
             self.run()
 
-    def _jump(self) -> bool:
-        """Move the clock to the next instant at which something happens; False when there is none."""
+    def _jump(self, give_up: float) -> bool:
+        """Move the clock to the next instant at which something happens; False when there is none.
+
+        False past *give_up*, too, where only jobs without a deadline are left: they may be tried again for ever.
+        """
         core = self._core
         instants = [core.next_check, *(due for due, _, _ in core.intake.heap[:1])]
         instants += [lingers_until(job, core.options.linger) for job in core.intake.open]
         ahead = [instant for instant in instants if self.clock.now < instant < NEVER]
-        if not core.outstanding or not ahead:
+        endless = self.clock.now > give_up and core.next_check == NEVER
+        if not core.outstanding or not ahead or endless:
             return False
         self.clock.now = min(ahead)
         return True

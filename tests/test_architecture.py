@@ -23,7 +23,7 @@ LEVELS = [
     "job events retry",
     "protocols",
     "queues registry returning stats calling",
-    "options collector judge telling belongings",
+    "options collector judge telling belongings mapping",
     "core",
     "acceptance flight owed",
     "worker supervisor",

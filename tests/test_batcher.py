@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import queue
 import threading
 import weakref
@@ -35,6 +36,7 @@ from microbatch import (
     QueueFull,
     RetryPolicy,
     ShutdownReport,
+    life,
 )
 from microbatch.testing import FaultyProcessor, InlineBatcher, ManualClock
 
@@ -138,7 +140,6 @@ def wait_for_blocked(batcher: MicroBatcher[Any, Any], n: int = 1) -> None:
         ({"submit_timeout": None}, TypeError, "submit_timeout must be a number of seconds, not None"),
         ({"delivery_timeout": 0}, ValueError, "delivery_timeout must be more than 0 seconds"),
         ({"delivery_timeout": "5"}, TypeError, "delivery_timeout must be a number of seconds, not '5'"),
-        ({"delivery_timeout": None}, ValueError, "delivery_timeout=None with a retry policy of max_attempts=None"),
     ],
     ids=named,
 )
@@ -149,6 +150,51 @@ def test_a_wrong_argument_is_refused_and_the_job_is_not_accepted(
     with pytest.raises(error, match=message):
         batcher.submit("job", **arguments)
     assert batcher.stats().submitted == 0
+
+
+def test_P5_a_job_without_a_deadline_is_tried_until_it_succeeds() -> None:
+    batcher = Inline(FaultyProcessor([OSError()] * 200), delivery_timeout=None, retry=RetryPolicy(retry_on=OSError))
+    assert batcher.execute("job") == "job"
+    assert batcher.stats().retries == 200
+
+
+def test_P5_a_shutdown_gives_up_jobs_without_a_deadline_after_10_seconds() -> None:
+    batcher = Inline(FaultyProcessor(itertools.repeat(OSError())), retry=RetryPolicy(retry_on=OSError))
+    forever, bounded = batcher.submit("for ever", delivery_timeout=None), None
+    with batcher.hold():
+        bounded = batcher.submit("bounded", delivery_timeout=15)
+        began = batcher.clock.now
+        report = batcher.shutdown()
+    assert (report.finished, report.undelivered) == (True, ("for ever",))
+    assert isinstance(forever.exception(0), BatcherClosed)
+    assert isinstance(bounded.exception(0), DeliveryTimeout)
+    assert 15 <= batcher.clock.now - began < 16
+
+
+@pytest.mark.parametrize("retry", [None, RetryPolicy(max_attempts=2, retry_on=OSError)])
+def test_P6_a_shutdown_waits_for_a_slow_job_without_a_deadline(retry: RetryPolicy | None) -> None:
+    clock = ManualClock()
+
+    def slow(batch: Any) -> None:
+        clock.now += 1000
+
+    batcher = Inline(slow, delivery_timeout=None, retry=retry, clock=clock)
+    with batcher.hold():
+        future = batcher.submit("slow")
+        assert batcher.shutdown().undelivered == ()
+    assert future.status == "completed"
+
+
+def test_P5_a_stuck_processor_does_not_hold_a_shutdown_without_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "CLOSE_SECONDS", 0.3)
+    gate = threading.Event()
+    batcher = MicroBatcher[str, Any](lambda batch: gate.wait(PATIENCE) and None, delivery_timeout=None)
+    future = batcher.submit("stuck")
+    try:
+        assert batcher.shutdown().undelivered == ("stuck",)
+        assert isinstance(future.exception(PATIENCE), OutcomeUnknown)
+    finally:
+        gate.set()
 
 
 def test_a_job_may_live_for_ever_where_its_attempts_are_bounded() -> None:
@@ -411,7 +457,7 @@ def test_P1_submit_many_accepts_all_or_none() -> None:
 
 def test_submit_many_of_more_than_will_ever_fit_is_refused_at_once() -> None:
     batcher: MicroBatcher[Any, Any] = MicroBatcher(FaultyProcessor(), max_outstanding=3, submit_timeout=3600)
-    with pytest.raises(QueueFull, match=r"4 jobs can never fit at once into max_outstanding=3: submit them in slices"):
+    with pytest.raises(ValueError, match=r"4 jobs can never fit at once into max_outstanding=3: use map\(\)"):
         batcher.submit_many(range(4))
     assert batcher.stats().rejected == 4
 

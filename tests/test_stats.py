@@ -100,13 +100,13 @@ def test_each_refusal_is_counted_by_its_reason() -> None:
     with batcher.hold():
         batcher.submit_many([1, 2])
         refuse(QueueFull, batcher, [3, 4])
-    refuse(QueueFull, batcher, [1, 2, 3, 4])
+    refuse(ValueError, batcher, [1, 2, 3, 4])
     batcher.shutdown()
     refuse(BatcherClosed, batcher, [1, 2, 3])
     with pytest.raises(BatcherClosed):
         batcher.submit(4)
     stats = batcher.stats()
-    assert stats.rejections == {"queue": 1, "full": 2, "too_many": 4, "closed": 4}
+    assert stats.rejections == {"queue": 1, "full": 2, "too_many": 4, "threads": 0, "closed": 4}
     assert stats.rejected == 7
 
 
