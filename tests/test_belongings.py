@@ -214,7 +214,6 @@ def test_P6_a_batcher_whose_owner_it_is_reaches_its_listeners_after_a_rest() -> 
 
 
 @pytest.mark.database
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_P6_forgotten_batchers_leave_no_connection(database: str) -> None:
     class Payments:
         def __init__(self) -> None:

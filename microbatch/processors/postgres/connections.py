@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,13 +84,26 @@ class OwnConnections:
             finally:
                 link.close()
 
+    def __del__(self) -> None:
+        # Of a processor that is forgotten. Its connections are held elsewhere until here: what is collected together
+        # is finalised in any order, and a connection or a socket that is not closed by then complains.
+        stock = self._stocks.get(os.getpid())
+        if stock is not None and not sys.is_finalizing():
+            _held.discard(stock)
+            while making := stock.resume():
+                making.close()
+            while link := stock.take():
+                link.close()
+
     def abandon(self, batch: Batch[Any]) -> None:
         """Cut the connection that *batch* is using, if it still does."""
         self._stock().cut(batch.id)
 
     def _stock(self) -> _Stock:
         # One step under the interpreter's lock: two threads that come first in a child get the same stock.
-        return self._stocks.setdefault(os.getpid(), _Stock())
+        stock = self._stocks.setdefault(os.getpid(), _Stock())
+        _held.add(stock)
+        return stock
 
     def _link(self, stock: _Stock, give_up: float | None, fresh: bool = False) -> Link:
         """One that is idle, or a new one. What comes too late for this batch is kept for another."""
@@ -210,6 +224,10 @@ class _Stock:
             link = self._lent.get(batch_id)
             if link is not None:
                 link.cut()
+
+
+# The stocks whose processors are alive; in a forked child the parent's, too, whose connections nobody here may touch.
+_held: set[_Stock] = set()
 
 
 def _soon() -> float:
