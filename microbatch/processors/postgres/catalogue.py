@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ SELECT json_build_object(
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
-WHERE c.oid = to_regclass($1)""".encode()
+WHERE c.oid = to_regclass($1)"""
 
 # As the server writes defaults down: a cast around one of them would show, the implicit one to integer does not.
 _NEXT_NUMBER = re.compile(r"(pg_catalog\.)?nextval\(E?'([^']|'')*'::regclass\)")
@@ -197,11 +196,10 @@ def look_up(session: Session, name: str, columns: Sequence[str]) -> Table:
     Raises:
         ValueError: there is no such table or column, or it takes no values; the message says which.
     """
-    answer = session.ask(_QUESTION, name)
-    if not answer.ntuples:
+    found = session.ask_json(_QUESTION, name)
+    if found is None:
         hint = "" if name == name.lower() else "; a name with capitals is quoted, as in '\"Orders\"'"
         raise ValueError(f"there is no table {name} in this database, or not on the search path{hint}")
-    found = json.loads((answer.get_value(0, 0) or b"").decode(session.connection.info.encoding))
     found["notice"] = Notice() if found.pop("is_plain") else ask_for_notice(session, name)
     found["columns"] = tuple(_column(each) for each in found["columns"] or ())
     found["constraints"] = tuple(map(tuple, found["constraints"] or ()))

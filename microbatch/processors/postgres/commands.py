@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import psycopg
 
 from .catalogue import Column, Table, quoted
+from .conversions import recoded
 
 _ALIAS = b"microbatch_t"
 
@@ -108,6 +111,13 @@ class KeyedCommands:
             *(target.only(), arrays, aliases),
             b" AND ".join([*indexed, *same]),
         )
+
+    def recoded(self, connection: psycopg.Connection[Any]) -> KeyedCommands:
+        """The same, in the connection's encoding."""
+        for name, command in vars(self).items():
+            if isinstance(command, bytes):
+                setattr(self, name, recoded(command, connection))
+        return self
 
 
 def _keys(columns: Sequence[Column]) -> bytes:

@@ -18,7 +18,10 @@ DEFAULTS: dict[str, Any] = {
     "tcp_user_timeout": 20_000,
     # Weaker than application_name and PGAPPNAME, so that whoever names the session wins.
     "fallback_application_name": "microbatch",
+    # The server's own encoding need not have every character of a str, and SQL_ASCII is none.
+    "client_encoding": "UTF8",
 }
+_FROM_ENVIRONMENT = {"connect_timeout": "PGCONNECT_TIMEOUT", "client_encoding": "PGCLIENTENCODING"}
 
 
 def connection_parameters(conninfo: str) -> dict[str, Any]:
@@ -31,9 +34,9 @@ def connection_parameters(conninfo: str) -> dict[str, Any]:
             " pass 'postgresql://user@host/database' or 'host=… dbname=…';"
             " in the first form / @ : % in a password must be percent-encoded"
         )
-    defaults = dict(DEFAULTS)
-    if "PGCONNECT_TIMEOUT" in os.environ:
-        del defaults["connect_timeout"]
+    defaults = {key: value for key, value in DEFAULTS.items() if _FROM_ENVIRONMENT.get(key, "") not in os.environ}
+    if "client_encoding" in str(given.get("options", os.environ.get("PGOPTIONS", ""))):
+        defaults.pop("client_encoding", None)
     return {**defaults, **given}
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 from psycopg import pq
-from psycopg.abc import AdaptContext, Buffer
+from psycopg.abc import AdaptContext, Buffer, Query
 from psycopg.adapt import AdaptersMap, Dumper, Loader, PyFormat
 from psycopg.types.json import JsonbLoader, JsonLoader
 from psycopg.types.string import ByteaLoader, BytesDumper, TextLoader
@@ -53,9 +53,19 @@ def text_of(data: bytes, encoding: str) -> str | bytes:
         return data
 
 
-def recoded(sql: bytes, encoding: str) -> bytes:
-    """*sql*, which is UTF-8, as a session in *encoding* reads it."""
-    return sql if encoding == "utf-8" else sql.decode().encode(encoding)
+def recoded(sql: bytes, connection: psycopg.Connection[Any]) -> bytes:
+    """*sql*, which is UTF-8, as the session reads it. Raises `UnicodeEncodeError` where it has not got a character."""
+    encoding = encoding_of(connection)
+    try:
+        return sql if encoding == "utf-8" else sql.decode().encode(encoding)
+    except UnicodeEncodeError as error:
+        raise named(error, connection) from None
+
+
+def sendable(statement: Query, connection: psycopg.Connection[Any]) -> Query:
+    """*statement* for psycopg, which takes SQL_ASCII for ASCII."""
+    is_text = isinstance(statement, str) and connection.info.encoding == _NO_ENCODING
+    return statement.encode() if is_text else statement  # type: ignore[union-attr]
 
 
 def named(error: Error, connection: psycopg.Connection[Any]) -> Error | UnicodeEncodeError:
@@ -81,20 +91,25 @@ def context_of(connection: psycopg.Connection[Any], *, loads_bytes: bool = False
     *loads_bytes*: arrays of bytea are among what is loaded.
     """
     is_standard = connection.pgconn.parameter_status(b"standard_conforming_strings") != b"off"
-    encoding = connection.info.encoding
-    if is_standard and encoding == "utf-8" and not loads_bytes:
+    if is_standard and connection.info.encoding == "utf-8" and not loads_bytes:
         return connection
     adapters = AdaptersMap(connection.adapters)
-    if not is_standard:
+    adapt(adapters, connection, loads_bytes=loads_bytes)
+    return _Context(adapters, connection)
+
+
+def adapt(adapters: AdaptersMap, connection: psycopg.Connection[Any], *, loads_bytes: bool = True) -> None:
+    """Put into *adapters* what means the same under the settings that *connection* has now."""
+    if connection.pgconn.parameter_status(b"standard_conforming_strings") == b"off":
         _dump_bytes_for_parameters(adapters)
     if loads_bytes:
         _load(adapters, _BYTES_LOADERS, _BytesLoader)
+    encoding = connection.info.encoding
     if encoding == _NO_ENCODING:
         _load(adapters, _TEXT_LOADERS, _LenientTextLoader)
     elif encoding != "utf-8":
         _load(adapters, (JsonLoader,), _JsonLoader)
         _load(adapters, (JsonbLoader,), _JsonbLoader)
-    return _Context(adapters, connection)
 
 
 class _HexDumper(Dumper):

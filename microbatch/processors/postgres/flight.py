@@ -18,6 +18,7 @@ from psycopg.abc import Buffer
 from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
+from .conversions import encoding_of
 from .errors import ServerSilent
 
 Parameters: TypeAlias = Sequence[Buffer | None]
@@ -73,15 +74,20 @@ class Flight:
 
     def run(
         self,
-        command: bytes,
+        command: bytes | str,
         parameters: Parameters | None = None,
         types: tuple[int, ...] = (),
         formats: Sequence[pq.Format] | None = None,
         *,
         once: bool = False,
     ) -> None:
-        """Queue one command; prepared for the next time unless it comes only *once*."""
+        """Queue one command, in the connection's encoding if it is bytes.
+
+        It is prepared for the next time unless it comes only *once*.
+        """
         self._begin()
+        if isinstance(command, str):
+            command = command.encode(encoding_of(self._connection))
         name = None if once else self._name(command, types)
         values = parameters or None  # psycopg 3.2 takes no empty tuple
         if name is None:
@@ -206,7 +212,7 @@ class Flight:
                 raise ServerSilent("the server did not answer within the batch's deadline")
 
     def _error(self, result: PGresult) -> psycopg.Error:
-        return psycopg.errors.error_from_result(result, self._connection.info.encoding)
+        return psycopg.errors.error_from_result(result, encoding_of(self._connection))
 
     def _milliseconds(self) -> float:
         if self._give_up is None:

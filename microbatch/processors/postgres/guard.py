@@ -232,8 +232,8 @@ class LedgerGuard:
         return self._free.setdefault(os.getpid(), [])
 
 
-def _upsert(token: Token) -> tuple[bytes, list[bytes]]:
-    return _UPSERT.format(token.ledger).encode(), [token.lane.encode(), b"%d" % token.number]
+def _upsert(token: Token) -> tuple[str, list[bytes]]:
+    return _UPSERT.format(token.ledger), [token.lane.encode(), b"%d" % token.number]
 
 
 def end_orphan(session: Session, token: Token) -> None:

@@ -46,7 +46,7 @@ class Keys:
         self._columns = tuple(columns)
         self._block: deque[Key] = deque()
         self._is_random = all(column.is_random_uuid for column in columns)
-        self._values = ", ".join(f"({_expression(column)})::text" for column in columns)
+        self._values = ", ".join(f"({_expression(column)})::pg_catalog.text" for column in columns)
         self._query = _query(self._values, columns)
         self._size = _LEAST
         self._drawn_at = -_BUSY

@@ -7,7 +7,6 @@ another way; what a trigger calls, and what that calls, is not followed: one rea
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from .session import Session
@@ -83,7 +82,7 @@ SELECT json_build_object(
     'hidden_function', (SELECT min(proname) FROM functions WHERE lanname NOT IN {_SEEN}),
     'hidden_trigger', (SELECT min(proname) FROM triggers WHERE is_hidden AND NOT is_before_row),
     'after_insert', EXISTS (SELECT FROM triggers WHERE NOT is_before_row),
-    'reader', (SELECT min(name) FROM readers))""".encode()
+    'reader', (SELECT min(name) FROM readers))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,5 +124,4 @@ class Notice:
 
 def ask_for_notice(session: Session, table: str) -> Notice:
     """What of *table* has to be looked at more closely."""
-    answer = session.ask(_QUESTION, table)
-    return Notice(**json.loads((answer.get_value(0, 0) or b"").decode(session.connection.info.encoding)))
+    return Notice(**session.ask_json(_QUESTION, table))

@@ -11,8 +11,6 @@ from .catalogue import Column, Table
 Strategy = Literal["keys", "merge", "statement"]
 
 _MERGE_RETURNS_SINCE = 170000
-# In these a byte of one character may look like a quote or a backslash of an array.
-_UNSAFE_ENCODINGS = ("shift_jis", "shift_jis_2004", "shift_jisx0213", "big5", "gbk", "gb18030", "johab", "cp949")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,6 @@ def plan_for(
     table: Table,
     columns: Sequence[str],
     version: int,
-    encoding: str,
     has_on_conflict: bool,
     has_ledger: bool,
     refusal: str = "",
@@ -46,7 +43,7 @@ def plan_for(
     """
     if has_on_conflict:
         return Plan("statement", "on_conflict decides row by row")
-    if obstacle := _obstacle_to_batches(table, encoding):
+    if obstacle := _obstacle_to_batches(table):
         return Plan("statement", obstacle)
     obstacle = "commit_guard='ledger' is pinned" if has_ledger else refusal or _obstacle_to_keys(table, columns)
     if not obstacle:
@@ -62,7 +59,7 @@ def drawn_columns(table: Table, columns: Sequence[str]) -> list[Column]:
     return [column for column in table.key if column.name not in columns]
 
 
-def _obstacle_to_batches(table: Table, encoding: str) -> str:
+def _obstacle_to_batches(table: Table) -> str:
     if table.kind == "f":
         return "it is a foreign table"
     if table.has_foreign_partition:
@@ -73,8 +70,6 @@ def _obstacle_to_batches(table: Table, encoding: str) -> str:
         return "it has rules, which allow neither MERGE nor ON CONFLICT"
     if table.row_security:
         return "row security is active for this role"
-    if encoding in _UNSAFE_ENCODINGS:
-        return f"the client encoding {encoding} does not go into an array"
     return table.notice.of_batches()
 
 

@@ -13,20 +13,20 @@ import psycopg
 from psycopg.abc import Query
 from psycopg.pq import Format, TransactionStatus
 from psycopg.pq.abc import PGresult
-from psycopg.rows import dict_row
+from psycopg.rows import tuple_row
 
 from microbatch.errors import OutcomeUnknown, ProcessorContractError
 from microbatch.protocols import Batch
 
 from .columns import at, said
-from .conversions import encoding_of, named, text_of
+from .conversions import adapt, encoding_of, named, sendable, text_of
 from .errors import is_jobs_own
 from .guard import NoGuard, Token
 from .parameters import Job, parameters_of
 from .session import Session
 from .sqlstate import is_refusal, kind_of
 from .transaction import Frame, Pending, unknown
-from .translate import as_result, count_of, once, placeholders
+from .translate import as_result, columns_of, count_of, placeholders
 
 _IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
 
@@ -37,7 +37,7 @@ class Portable(Frame):
     def __init__(self, session: Session, statement: Query, batch: Batch[Job], isolates: bool) -> None:
         super().__init__(session, batch, isolates)
         self._connection = session.connection
-        self._statement = statement
+        self._statement = sendable(statement, session.connection)
 
     def run(self) -> list[Any]:
         """One result per job; an exception in the place of a job that failed alone."""
@@ -56,7 +56,8 @@ class Portable(Frame):
             return self._all_failed(self._culprit(jobs, error))
 
     def _together(self, jobs: Sequence[Any]) -> list[Any]:
-        with self._connection.cursor(row_factory=dict_row) as cursor:
+        with self._connection.cursor(row_factory=tuple_row) as cursor:
+            adapt(cursor.adapters, self._connection)
             cursor.executemany(self._statement, jobs, returning=True)
             # Never flattened: a job whose set is empty (ON CONFLICT DO NOTHING) would give its place to the next one.
             results = [_result(cursor)]
@@ -149,25 +150,23 @@ def _parameters(job: Job) -> Any:
         return error
 
 
-def _result(cursor: psycopg.Cursor[dict[str, Any]]) -> Any:
+def _result(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Any:
     # No row number: the statement returns no rows at all.
-    if cursor.rownumber is None:
+    if cursor.rownumber is None or cursor.pgresult is None:
         return count_of((cursor.statusmessage or "").encode())
-    once([column.name for column in cursor.description or ()])
-    return as_result(_rows(cursor))
+    names = columns_of(cursor.pgresult, encoding_of(cursor.connection))
+    return as_result([dict(zip(names, row, strict=True)) for row in _rows(cursor, cursor.pgresult)])
 
 
-def _rows(cursor: psycopg.Cursor[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(cursor: psycopg.Cursor[tuple[Any, ...]], answer: PGresult) -> list[tuple[Any, ...]]:
     try:
         return cursor.fetchall()
     except Exception:
         # What Python has no value for is handed out as text, as by `translate.Reader`.
-        answer, names = cursor.pgresult, [column.name for column in cursor.description or ()]
-        if answer is None or cursor.format != Format.TEXT:
+        if cursor.format != Format.TEXT:
             raise
-        numbers = range(answer.nfields)
-        rows = ([_value(cursor, answer, row, i) for i in numbers] for row in range(answer.ntuples))
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        columns = range(answer.nfields)
+        return [tuple([_value(cursor, answer, row, i) for i in columns]) for row in range(answer.ntuples)]
 
 
 def _value(cursor: psycopg.Cursor[Any], answer: PGresult, row: int, column: int) -> Any:

@@ -65,7 +65,8 @@ class PostgresProcessor:
     Args:
         conninfo: a connection string: the processor makes its own connections, one per batch in flight,
             anew in each process. Unless it names them, `connect_timeout`, the keep-alives,
-            `tcp_user_timeout` and `application_name` are set. It reaches no log, no repr and no error.
+            `tcp_user_timeout`, `client_encoding` and `application_name` are set. It reaches no log, no repr and no
+            error.
 
             Or a callable that gives a context manager with a psycopg connection, such as
             `pool.connection`. The batch is committed before the context manager is left. Inside a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from .connecting import Steps, Wait
+from .conversions import encoding_of, recoded
 from .flight import Flight, Prepared, is_error
 
 LEDGER = "microbatch_ledger"
@@ -55,6 +57,12 @@ _FACTS = f"""
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.oid = to_regclass('{LEDGER}') AND has_table_privilege(c.oid, 'SELECT')
             AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')) AS l ON true"""
+
+
+_IN_DIGITS = (
+    "SELECT encode(convert_to(q.found::pg_catalog.text,"
+    " CASE WHEN getdatabaseencoding() = 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END), 'hex') FROM ({}) AS q(found)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +119,32 @@ class Session:
             give_up = now + (give_up - now) * (_COMMIT_SHARE if commits else _SHARE)
         return Flight(self.connection, self.prepared, give_up, keep=keep)
 
+    @property
+    def encoding(self) -> str:
+        """Python's name for the encoding of SQL and of text."""
+        return encoding_of(self.connection)
+
     def ask(self, command: bytes, *parameters: str | None) -> PGresult:
-        """The answer to one command, in a flight of its own. Raises the server's error."""
+        """The answer to one command, in UTF-8 here, in a flight of its own. Raises the server's error."""
+        encoded = [None if value is None else recoded(value.encode(), self.connection) for value in parameters]
         flight = self.flight(keep=False)
-        flight.run(command, [None if value is None else value.encode() for value in parameters])
+        flight.run(recoded(command, self.connection), encoded)
         flight.sync()
         answer = flight.land()[0][-1]
         if is_error(answer):
             raise self.error(answer)
         return answer
+
+    def ask_json(self, question: str, *parameters: str | None) -> Any:
+        """The one value of *question*, which is JSON; None where it has no row.
+
+        In hexadecimal digits, because a name need not fit into the client's encoding. In SQL_ASCII it may be no text.
+        """
+        answer = self.ask(_IN_DIGITS.format(question).encode(), *parameters)
+        if not answer.ntuples:
+            return None
+        digits = (answer.get_value(0, 0) or b"").decode()
+        return json.loads(bytes.fromhex(digits).decode("utf-8", "surrogateescape"))
 
     def describe(self, command: bytes, types: tuple[int, ...] = ()) -> PGresult:
         """The parameters and columns of *command*, which is not run; one round trip.
@@ -150,7 +175,7 @@ class Session:
 
     def error(self, answer: PGresult) -> psycopg.Error:
         """psycopg's own error for a failed command."""
-        return psycopg.errors.error_from_result(answer, self.connection.info.encoding)
+        return psycopg.errors.error_from_result(answer, self.encoding)
 
     def begin_command(self) -> bytes:
         """BEGIN, with what the user set on a connection of theirs."""
@@ -231,11 +256,11 @@ def _question(connection: psycopg.Connection[Any], give_up: float | None) -> Fli
 
 
 def _read(connection: psycopg.Connection[Any], flight: Flight) -> Facts:
-    facts, *marker = flight.land()
+    (facts, *marker), encoding = flight.land(), encoding_of(connection)
     if is_error(facts[-1]):
-        raise psycopg.errors.error_from_result(facts[-1], connection.info.encoding)
+        raise psycopg.errors.error_from_result(facts[-1], encoding)
     pid, version, *limits = (int(facts[-1].get_value(0, i) or 0) for i in range(5))
-    is_ledger = _text(facts[-1], 7) == "1"
+    ledger, is_ledger = _text(facts[-1], 6, encoding) or "", _text(facts[-1], 7) == "1"
     known = bool(marker) and not is_error(marker[0][-1])
     return Facts(
         pooled=pid != connection.info.backend_pid,
@@ -243,14 +268,14 @@ def _read(connection: psycopg.Connection[Any], flight: Flight) -> Facts:
         statement_timeout=limits[0],
         lock_timeout=limits[1],
         idle_timeout=limits[2],
-        ledger=(_text(facts[-1], 6) or "") if is_ledger else "",
-        not_ledger="" if is_ledger else _text(facts[-1], 6) or "",
+        ledger=ledger if is_ledger else "",
+        not_ledger="" if is_ledger else ledger,
         marker=_text(marker[0][-1], 0) if known else None,
         backend_start=_text(facts[-1], 5) or "",
         has_foreign=_text(facts[-1], 8) == "1",
     )
 
 
-def _text(answer: PGresult, column: int) -> str | None:
+def _text(answer: PGresult, column: int, encoding: str = "utf-8") -> str | None:
     value = answer.get_value(0, column)
-    return None if value is None else value.decode()
+    return None if value is None else value.decode(encoding)

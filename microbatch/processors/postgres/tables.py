@@ -13,6 +13,7 @@ from microbatch.errors import ProcessorContractError
 
 from .columns import at, found_in, said
 from .commands import KeyedCommands, Target, insert_row, merge
+from .conversions import recoded
 from .errors import is_jobs_own
 from .flight import Flight
 from .parameters import Job
@@ -32,9 +33,9 @@ class Form:
         self.drawn = drawn
         self.dumper = RowDumper(connection, target.columns, target.json())
         self.reader = Reader(connection)
-        self.insert = insert_row(target)
-        self.merge = merge(target)
-        self.keyed = KeyedCommands(target, drawn) if drawn else None
+        self.insert = recoded(insert_row(target), connection)
+        self.merge = recoded(merge(target), connection)
+        self.keyed = KeyedCommands(target, drawn).recoded(connection) if drawn else None
 
 
 class RowWay:

@@ -19,7 +19,7 @@ from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
 from .columns import at
-from .conversions import context_of, encoding_of, named, text_of
+from .conversions import context_of, encoding_of, named, sendable, text_of
 from .errors import is_jobs_own
 from .parameters import Job, parameters_of
 
@@ -65,7 +65,7 @@ def bind_jobs(
     """Each job as *statement* with its values, or the error that says why it cannot be sent."""
     transformer = Transformer.from_context(context_of(connection))
     query = PostgresQuery(transformer)
-    statement = _encoded(connection, statement)
+    statement = sendable(statement, connection)
     bind: Callable[[Query, Any], None] = query.convert
 
     def next_ones(statement: Query, values: Any) -> None:
@@ -87,11 +87,6 @@ def bind_jobs(
             column = _culprit(connection, statement, transformer.dump_sequence, job)
             bound.append(at(named(error, connection), column))
     return bound
-
-
-def _encoded(connection: psycopg.Connection[Any], statement: Query) -> Query:
-    is_plain = encoding_of(connection) == connection.info.encoding
-    return statement.encode() if isinstance(statement, str) and not is_plain else statement
 
 
 def _culprit(
@@ -132,7 +127,7 @@ def placeholders(connection: psycopg.Connection[Any], statement: Query) -> tuple
     """*statement* as it is sent, and the names of its parameters in their order; no names where they are `%s`."""
     query, names = PostgresQuery(Transformer.from_context(connection)), _Names()
     try:
-        query.convert(_encoded(connection, statement), names)
+        query.convert(sendable(statement, connection), names)
     except TypeError:  # positional ones take no mapping
         return query.query, ()
     return query.query, tuple(names.asked)

@@ -16,7 +16,7 @@ from microbatch.protocols import Batch
 
 from .catalogue import look_up
 from .commands import KeyedCommands, Target
-from .conversions import encoding_of
+from .conversions import settings_of
 from .guard import Guard, Guards
 from .keyed import KeyedAttempt, refusal_of
 from .keys import Keys, keys_of
@@ -71,7 +71,7 @@ class StatementWriter:
             if session.connection.closed:
                 raise
             return  # each job will be told; and perhaps the values of one tell the types that are missing here
-        columns_of(answer, encoding_of(session.connection))
+        columns_of(answer, session.encoding)
 
     def forget(self, session: Session) -> None:
         """Nothing to forget."""
@@ -89,6 +89,7 @@ class Planned:
     def __init__(self, session: Session, target: Target, plan: Plan, read_at: float) -> None:
         self.plan = plan
         self.read_at = read_at
+        self.settings = settings_of(session.connection)
         self.form = Form(session.connection, target, plan.drawn)
         self.keys: Keys | None = keys_of(target.table, plan.drawn) if plan.strategy == "keys" else None
 
@@ -148,6 +149,8 @@ class TableWriter:
 
     def _planned(self, session: Session) -> Planned:
         known: Planned | None = session.memory.get(self)
+        if known is not None and known.settings != settings_of(session.connection):
+            known = None  # its converters, its commands, and perhaps its table, are another session's
         now = time.monotonic()
         # Looked at again now and then: a trigger that is added changes nothing that an error would tell.
         if known is not None and now - known.read_at < _REREAD_SECONDS:
@@ -158,13 +161,12 @@ class TableWriter:
         if known is not None and known.form.target.table == table:
             known.read_at = now
             return known
-        encoding, version = session.connection.info.encoding, session.facts.version
-        options = (self._columns, version, encoding, bool(self._on_conflict), self._has_ledger)
+        options = (self._columns, session.facts.version, bool(self._on_conflict), self._has_ledger)
         plan = plan_for(table, *options)
         once(self._returning or ())
         target = Target(table, self._columns, self._returning, self._on_conflict, self._overriding)
         if plan.strategy == "keys" and self._strategy in ("auto", "keys"):
-            refusal = refusal_of(session, KeyedCommands(target, plan.drawn))
+            refusal = refusal_of(session, KeyedCommands(target, plan.drawn).recoded(session.connection))
             plan = plan_for(table, *options, refusal) if refusal else plan
         planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), now)
         self._tell(planned.plan)
