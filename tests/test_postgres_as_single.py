@@ -125,6 +125,27 @@ SHAPES = {
     "a trigger that asks nothing": Shape(
         f"{SERIAL};" + LOGS.format("INSERT INTO log VALUES (NEW.n, NEW.id)"), "keys", IN_LOG
     ),
+    # A row that does not stay where it is found.
+    "a trigger takes its row away": Shape(
+        f"{SERIAL};" + LOGS.format("DELETE FROM item WHERE id = NEW.id; INSERT INTO log VALUES (NEW.n)"),
+        "merge",
+        "SELECT (SELECT count(*) FROM item), n FROM log ORDER BY n",
+    ),
+    "a trigger gives its row another key": Shape(
+        f"{SERIAL};" + LOGS.format("UPDATE item SET n = NEW.n, id = -NEW.id WHERE id = NEW.id"),
+        "merge",
+        "SELECT n, id < 0 FROM item ORDER BY n",
+    ),
+    "a trigger changes its row": Shape(
+        f"{SERIAL}; ALTER TABLE item ADD note text;" + LOGS.format("UPDATE item SET note = 'seen' WHERE id = NEW.id"),
+        "keys",
+        "SELECT n, note FROM item ORDER BY n",
+    ),
+    "a trigger takes other rows away": Shape(
+        f"{SERIAL};" + LOGS.format("DELETE FROM log WHERE n = NEW.n - 2; INSERT INTO log VALUES (NEW.n)"),
+        "keys",
+        "SELECT n FROM log ORDER BY n",
+    ),
     # A key that is not just the next number.
     "uuidv7": Shape(
         "CREATE TABLE item (id uuid PRIMARY KEY DEFAULT uuidv7(), n int NOT NULL, at timestamptz"

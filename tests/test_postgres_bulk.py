@@ -848,7 +848,8 @@ def test_P4_keys_survive_a_crash_that_strangers_profit_from() -> None:
 
     Deterministic: without the durable draw the strangers get the same numbers, and the retry takes their rows for ours.
     """
-    with EmbeddedPostgres(autovacuum=False, checkpoint_timeout="1h", bgwriter_delay="10s") as server:
+    quiet: Any = {"bgwriter_delay": "10s", "wal_writer_delay": "10s"}
+    with EmbeddedPostgres(autovacuum=False, checkpoint_timeout="1h", **quiet) as server:
         with psycopg.connect(server.dsn, autocommit=True) as connection:
             connection.execute(PLAIN.encode())
             connection.execute("SET synchronous_commit = off")

@@ -18,7 +18,8 @@ WITH tree AS MATERIALIZED (
 SELECT json_build_object(
   'oid', c.oid::int8, 'schema', n.nspname, 'name', c.relname, 'kind', c.relkind,
   'row_security', row_security_active(c.oid),
-  'has_foreign_partition', EXISTS (SELECT FROM tree JOIN pg_class f ON f.oid = tree.oid WHERE f.relkind = 'f'),
+  'has_foreign_partition', EXISTS (SELECT FROM pg_class f
+      WHERE f.relkind = 'f' AND f.oid = ANY (ARRAY(SELECT oid FROM tree))),
   'has_rule', EXISTS (SELECT FROM pg_rewrite w WHERE w.ev_class = c.oid AND w.ev_type <> '1'),
   'insert_rule', EXISTS (SELECT FROM pg_rewrite w WHERE w.ev_class = c.oid AND w.ev_type = '3'
                          AND w.ev_enabled <> 'D'),

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
-from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from microbatch.protocols import Batch
@@ -486,18 +485,10 @@ def refusal_of(session: Session, commands: KeyedCommands) -> str:
     Raises:
         psycopg.Error: it did not come to an answer.
     """
-    inside = session.status == TransactionStatus.INTRANS
-    flight = session.flight(keep=False)
-    if inside:
-        flight.run(b"SAVEPOINT microbatch_plan")
-    for command, parameters in ((commands.careful_all, commands.count), (commands.look_up, len(commands.key))):
-        flight.run(b"EXPLAIN " + command, [None] * parameters)
-    flight.sync()
-    if inside:
-        flight.run(b"ROLLBACK TO microbatch_plan")
-        flight.run(b"RELEASE microbatch_plan")
-        flight.sync()
-    errors = [session.error(answer) for answer in flight.land()[0] if is_error(answer)]
-    if errors and kind_of(errors[0]) is not Kind.PERMANENT:
-        raise errors[0]
-    return str(errors[0]).partition("\n")[0] if errors else ""
+    try:
+        session.explain([(commands.careful_all, commands.count), (commands.look_up, len(commands.key))])
+    except psycopg.Error as error:
+        if kind_of(error) is not Kind.PERMANENT:
+            raise
+        return str(error).partition("\n")[0]
+    return ""

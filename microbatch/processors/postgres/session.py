@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,18 +153,34 @@ class Session:
         Raises:
             psycopg.Error: the server cannot tell; nothing has happened to a transaction that is open.
         """
+        return self._looked_at(lambda flight: flight.describe(command, types))[-1]
+
+    def explain(self, commands: Sequence[tuple[bytes, int]]) -> None:
+        """Have the server plan *commands*, each with the number of its parameters; none is run. One round trip.
+
+        Raises:
+            psycopg.Error: it refuses one of them; nothing has happened to a transaction that is open.
+        """
+
+        def queue(flight: Flight) -> None:
+            for command, parameters in commands:
+                flight.run(b"EXPLAIN " + command, [None] * parameters)
+
+        self._looked_at(queue)
+
+    def _looked_at(self, queue: Callable[[Flight], None]) -> list[PGresult]:
         is_inside = self.status == TransactionStatus.INTRANS
         flight = self.flight(keep=False)
-        flight.run(b"SAVEPOINT microbatch_describe" if is_inside else b"BEGIN")
-        # Its tables are locked for a moment, and somebody may be altering one of them.
+        flight.run(b"SAVEPOINT microbatch_look" if is_inside else b"BEGIN")
+        # Tables are locked for a moment, and somebody may be altering one of them.
         left = self.milliseconds_left()
         patience = _PATIENCE if left is None else max(1, left // 4)
         flight.run(b"SELECT set_config('lock_timeout', $1, true)", [b"%d" % patience])
-        flight.describe(command, types)
+        queue(flight)
         flight.sync()
         if is_inside:
-            flight.run(b"ROLLBACK TO microbatch_describe")
-            flight.run(b"RELEASE microbatch_describe")
+            flight.run(b"ROLLBACK TO microbatch_look")
+            flight.run(b"RELEASE microbatch_look")
         else:
             flight.run(b"ROLLBACK")
         flight.sync()
@@ -171,7 +188,7 @@ class Session:
         for answer in answers:
             if is_error(answer):
                 raise self.error(answer)
-        return answers[-1]
+        return answers
 
     def error(self, answer: PGresult) -> psycopg.Error:
         """psycopg's own error for a failed command."""
