@@ -1150,6 +1150,39 @@ BREAKS = (
         ("test_postgres_links.py::test_P5_a_deadline_beyond_what_a_server_can_count_is_kept",),
     ),
     Break(
+        "what is deferred in somebody else's transaction is not looked at",
+        "P3",
+        "processors/postgres/transaction.py",
+        (("        return not any(map(is_error, [there, *checked])) and", "        return False and"),),
+        ("test_postgres_deferred.py::test_P3_a_deferred_violation_fails_its_job_alone_inside_a_transaction",),
+    ),
+    Break(
+        "the owner's violations are the jobs'",
+        "P3",
+        "processors/postgres/transaction.py",
+        (("        return not any(map(is_error, [there, *checked])) and", "        return"),),
+        ("test_postgres_deferred.py::test_a_violation_of_the_owners_own_is_not_blamed_on_a_job",),
+    ),
+    Break(
+        "what the owner has deferred is immediate afterwards",
+        "P3",
+        "processors/postgres/transaction.py",
+        (
+            (
+                "return self._written(positions, checked=not self._inside)",
+                "return self._written(positions, checked=True)",
+            ),
+        ),
+        ("test_postgres_deferred.py::test_what_the_owner_has_deferred_stays_deferred",),
+    ),
+    Break(
+        "the slow way leaves what is deferred to the owner",
+        "P3",
+        "processors/postgres/portable.py",
+        (("self._rehearses = self._inside and self._is_clean()", "self._rehearses = False"),),
+        ("test_postgres_deferred.py::test_P3_a_lone_job_meets_its_deferred_violation[portable]",),
+    ),
+    Break(
         "what is known of a lent connection is kept in a table",
         "P5",
         "processors/postgres/borrowed.py",

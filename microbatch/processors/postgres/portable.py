@@ -6,7 +6,8 @@ a COMMIT without an answer is `CommitUnknown`, and no deadline reaches the serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -29,6 +30,7 @@ from .transaction import Frame, Pending, unknown
 from .translate import as_result, columns_of, count_of, placeholders
 
 _IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
+_DEFERRABLE = "SELECT EXISTS (SELECT FROM pg_constraint WHERE condeferrable)::int"
 
 
 class Portable(Frame):
@@ -38,22 +40,63 @@ class Portable(Frame):
         super().__init__(session, batch, isolates)
         self._connection = session.connection
         self._statement = sendable(statement, session.connection)
+        self._is_checked = not self._inside  # deferred constraints
+        self._rehearses = self._inside and self._is_clean()
 
     def run(self) -> list[Any]:
         """One result per job; an exception in the place of a job that failed alone."""
         jobs = [_parameters(job) for job in self._batch]
         refused: dict[int, Any] = {i: job for i, job in enumerate(jobs) if isinstance(job, BaseException)}
         if refused:
-            return self._commit(lambda: self._singly(jobs)) if self._isolates else self._all_failed(refused)
+            return self._each(jobs) if self._isolates else self._all_failed(refused)
         try:
+            if self._rehearses:
+                with self._rehearsal():
+                    self._together(jobs)
             return self._commit(lambda: self._together(jobs))
         except OutcomeUnknown:
             raise
         except Exception as error:
             self._raise_if_retried(error, kind_of(error))
             if self._isolates:
-                return self._commit(lambda: self._singly(jobs))
+                return self._each(jobs)
             return self._all_failed(self._culprit(jobs, error))
+
+    def _is_clean(self) -> bool:
+        """Whether there is something deferrable, and the owner of the transaction has no violation of its own."""
+        try:
+            with self._connection.transaction(force_rollback=True):
+                with self._connection.cursor(row_factory=tuple_row) as cursor:
+                    there = cursor.execute(_DEFERRABLE).fetchone()
+                self._connection.execute(_IMMEDIATE)
+        except psycopg.Error:
+            return False
+        # As text, for the owner may have an int of its own.
+        return there is not None and str(there[0]) == "1"
+
+    @contextmanager
+    def _rehearsal(self, singly: bool = False) -> Iterator[None]:
+        """Undone, for that alone gives the owner of the transaction back what is deferred and what is not."""
+        self._is_checked = True
+        try:
+            with self._connection.transaction(force_rollback=True):
+                if singly:
+                    # The server forgets what it has to restore when an inner savepoint, which has set it, is released.
+                    self._connection.execute(_IMMEDIATE)
+                yield
+        finally:
+            self._is_checked = not self._inside
+
+    def _each(self, jobs: Sequence[Any]) -> list[Any]:
+        if not self._rehearses:
+            return self._commit(lambda: self._singly(jobs))
+        with self._rehearsal(singly=True):
+            results = self._singly(jobs)
+        good = [i for i, result in enumerate(results) if not isinstance(result, BaseException)]
+        again = self._commit(lambda: self._together([jobs[i] for i in good])) if good else []
+        for i, result in zip(good, again, strict=True):
+            results[i] = result
+        return results
 
     def _together(self, jobs: Sequence[Any]) -> list[Any]:
         with self._connection.cursor(row_factory=tuple_row) as cursor:
@@ -68,7 +111,7 @@ class Portable(Frame):
                 f"{len(results)} results for {len(jobs)} jobs: the statement must be a single command"
             )
         self._check_open()
-        if not self._inside:
+        if self._is_checked:
             # What is deferred to COMMIT would be an error nobody could isolate.
             self._connection.execute(_IMMEDIATE)
         return results
@@ -100,7 +143,7 @@ class Portable(Frame):
 
     def _culprit(self, jobs: Sequence[Any], error: Exception) -> dict[int, Exception]:
         """The first job that fails, found without keeping anything. Raises *error* if none of them does alone."""
-        with self._connection.transaction(force_rollback=True):
+        with self._rehearsal(singly=True) if self._rehearses else self._connection.transaction(force_rollback=True):
             for i, job in enumerate(jobs):
                 result = self._alone(job)
                 if isinstance(result, Exception):

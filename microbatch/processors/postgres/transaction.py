@@ -34,6 +34,7 @@ from .sqlstate import Kind, finally_failed, is_refusal, kind_of
 from .way import Way
 
 _IMMEDIATE = b"SET CONSTRAINTS ALL IMMEDIATE"
+_DEFERRABLE = b"SELECT EXISTS (SELECT FROM pg_constraint WHERE condeferrable)::int"
 # No statement may outlast the batch's deadline, and a client that vanished must not keep its locks for ever.
 _LIMITS = (
     "set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true),"
@@ -138,6 +139,7 @@ class Attempt(Frame):
         self._way = way
         self._guard = NoGuard() if self._inside else guard
         self._token = Token()
+        self._is_checked: bool | None = None
         self.outdated_by: frozenset[str] = frozenset()  # the SQLSTATEs of an answer that is worth another look
 
     def run(self) -> list[Any]:
@@ -193,10 +195,17 @@ class Attempt(Frame):
 
     def _plainly(self, positions: list[int]) -> dict[int, Any]:
         """All jobs in one flight."""
+        if self._inside and self._checks():
+            # Undone, for that alone gives their owner back what is deferred and what is not.
+            self._written(positions, checked=True)
+            self._roll_back()
+        return self._written(positions, checked=not self._inside)
+
+    def _written(self, positions: list[int], checked: bool) -> dict[int, Any]:
         flight = self._session.flight()
         before = self._begin(flight)
         count = self._way.send(flight, positions)
-        if not self._inside:
+        if checked:
             # What is deferred to COMMIT would be an error nobody could isolate.
             flight.run(_IMMEDIATE)
         if asks := self._asks_elsewhere():
@@ -231,12 +240,23 @@ class Attempt(Frame):
             break
         if not isolated.results:
             self._roll_back()
+        elif self._inside and self._checks():
+            self._roll_back()
+            return self._again(list(isolated.results))
         return isolated.results
+
+    def _again(self, positions: list[int]) -> dict[int, Any]:
+        """Those that are right, for good."""
+        try:
+            return self._written(positions, checked=False)
+        except Refused as refused:
+            self._roll_back()
+            raise refused.error from None
 
     def _isolate(self, how: Any, positions: list[int]) -> Isolated:
         flight = self._session.flight()
         self._begin(flight, isolating=True)
-        if not self._inside:
+        if self._checks():
             flight.run(_IMMEDIATE)
         flight.sync()
         answers = self._landed(flight)
@@ -273,6 +293,23 @@ class Attempt(Frame):
                 f"the statement ended the transaction of batch {self._batch.id}: take COMMIT or ROLLBACK out of it",
                 batch_id=self._batch.id,
             )
+
+    def _checks(self) -> bool:
+        """Whether deferred constraints are checked; not in somebody else's transaction that is not clean."""
+        if self._is_checked is None:
+            self._is_checked = not self._inside or self._is_clean()
+        return self._is_checked
+
+    def _is_clean(self) -> bool:
+        # An owner with a violation of its own, which it may be about to cure, would have every job fail for it.
+        flight = self._session.flight()
+        self._begin(flight)
+        flight.run(_DEFERRABLE)
+        flight.run(_IMMEDIATE)
+        flight.sync()
+        _, there, *checked = self._landed(flight)
+        self._roll_back()
+        return not any(map(is_error, [there, *checked])) and there.get_value(0, 0) == b"1"
 
     # Whose fault it is, where the batch fails as a whole.
 
