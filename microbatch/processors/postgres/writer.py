@@ -27,6 +27,7 @@ from .statement import StatementWay
 from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
 from .translate import columns_of, is_supported, once, placeholders
+from .typed import JsonParameters, Known
 
 _log = Log("microbatch.postgres")
 
@@ -35,6 +36,10 @@ Returning: TypeAlias = Literal["*"] | Sequence[str] | None
 _REREAD_SECONDS = 60.0
 # What the catalogue said may be out of date.
 _OUTDATED = frozenset(("42703", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501"))
+
+# A parameter may be JSON, and its value was sent as what it is in Python; or it is JSON no more.
+_MISTYPED = frozenset(("42804", "42846", "42883"))
+_MISREAD = frozenset(("22P02",))
 
 
 class Writer(Protocol):
@@ -74,13 +79,25 @@ class StatementWriter:
         columns_of(answer, session.encoding)
 
     def forget(self, session: Session) -> None:
-        """Nothing to forget."""
+        """Ask for the types of the parameters before the next batch: one is not what its value says."""
+        session.memory[self] = None
 
     def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
         if not is_supported(session.connection):
             return Portable(session, self._statement, batch, self._isolates)
-        way = StatementWay(session.connection, self._statement, batch)
-        return Attempt(session, way, batch, guards.choose(session), self._isolates)
+        known: Known | None = session.memory.get(self)
+        if known is not None and not known.is_trusted():
+            known = None
+        parameters = JsonParameters(session, self._statement, known, at_once=self in session.memory)
+        way = StatementWay(session.connection, self._statement, batch, parameters.applied)
+        if parameters.failure is not None:
+            raise parameters.failure
+        if parameters.has_asked:
+            session.memory[self] = parameters.known
+        attempt = Attempt(session, way, batch, guards.choose(session), self._isolates)
+        if not parameters.has_asked:
+            attempt.outdated_by = _MISTYPED if known is None or not known.kinds else _MISTYPED | _MISREAD
+        return attempt
 
 
 class Planned:
