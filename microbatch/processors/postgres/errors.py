@@ -46,6 +46,10 @@ class KeysTaken(psycopg.errors.UniqueViolation):
     """Others insert the keys by hand that this processor draws, faster than it draws them: no job's fault."""
 
 
+class TableChanging(psycopg.OperationalError):
+    """Each time that it was looked at, the table had changed before the batch was written: no job's fault."""
+
+
 _OURS = frozenset(("microbatch", "psycopg", "psycopg_binary", "psycopg_c")) | sys.stdlib_module_names
 
 

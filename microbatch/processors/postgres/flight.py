@@ -103,6 +103,25 @@ class Flight:
         self._pgconn.send_describe_prepared(b"")
         self._sent += (_COMMAND, _COMMAND)
 
+    def describe_prepared(self, command: bytes) -> int:
+        """Queue the question what a kept statement takes and returns; 0 commands, and not 1, where it is not kept.
+
+        The answer is an error where it would return something else than when it was prepared. Nothing is run.
+        """
+        name = None if self._prepared is None else self._prepared.names.get((command, ()))
+        if name is None:
+            return 0
+        self._begin()
+        self._pgconn.send_describe_prepared(name)
+        self._sent.append(_COMMAND)
+        return 1
+
+    def parse(self, command: bytes, types: tuple[int, ...]) -> None:
+        """Queue its preparation without a name: it is looked at, its tables are locked, and nothing is run."""
+        self._begin()
+        self._pgconn.send_prepare(b"", command, param_types=types or None)
+        self._sent.append(_COMMAND)
+
     def prepare(self, command: bytes) -> None:
         """Queue its preparation, if it is to be kept and is not yet; behind a failed command nothing comes of it."""
         self._begin()

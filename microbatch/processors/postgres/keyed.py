@@ -18,7 +18,7 @@ What may happen, and what follows:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from psycopg.pq.abc import PGresult
@@ -31,10 +31,11 @@ from .errors import CommitUnknown, KeysTaken, Undecided
 from .flight import Flight, is_error
 from .guard import NoGuard, Token
 from .keys import Keys
+from .lookout import Lookout
 from .session import MARKER, Session
 from .sqlstate import Kind, kind_of
 from .tables import KeyedWay
-from .transaction import Attempt, Pending, Refused, unknown
+from .transaction import Attempt, Outdated, Pending, Refused, unknown
 from .translate import Reader
 
 _END = (
@@ -63,6 +64,17 @@ _GHOSTS = 2  # so often a key is taken and nobody has it: deleted meanwhile, or 
 _THEFTS = 20  # so often an attempt draws new keys; then somebody inserts by hand what the sequence gives, too
 _TAKEN = "the keys of this table are taken by others as fast as they are drawn"
 _ROUNDS = 5  # of a retry whose keys appear and disappear
+_LOOKS = 4  # so often a retry looks at its table
+
+
+class Planner(Protocol):
+    """Knows the table, on any session."""
+
+    def today(self, session: Session, way: KeyedWay) -> tuple[KeyedWay | None, Lookout]:
+        """*way* for the table as it is; None where it draws no such keys any more."""
+
+    def forget(self, session: Session) -> None:
+        """What is known through *session* is out of date."""
 
 
 class KeyGuard:
@@ -71,7 +83,10 @@ class KeyGuard:
     name = "keys"
     needs_xid = False
 
-    def __init__(self, way: KeyedWay, positions: Sequence[int], results: list[Any], batch: Batch[Any]) -> None:
+    def __init__(
+        self, way: KeyedWay, positions: Sequence[int], results: list[Any], batch: Batch[Any], planner: Planner
+    ) -> None:
+        self._planner = planner
         self._way = way
         self._positions = list(positions)
         self._results = results
@@ -83,11 +98,8 @@ class KeyGuard:
         return 0
 
     def settle(self, session: Session, token: Token, batch_id: str, only_look: bool = False) -> bool:
-        # The form's own reader may be at work for another batch on the connection that it belongs to.
-        self._way.reader = Reader(session.connection)
         self.attempts = self.attempts or [token]
-        retry = KeyedRetry(session, self._way, self._batch, self._positions, token, self)
-        results = retry.look() if only_look and retry.can_look() else retry.run()
+        results = self._retried(session, token, only_look)
         if results is None:
             return False
         for i, result in results.items():
@@ -95,6 +107,24 @@ class KeyGuard:
             if not isinstance(self._results[i], dict):
                 self._results[i] = result
         return True
+
+    def _retried(self, session: Session, token: Token, only_look: bool) -> dict[int, Any] | None:
+        """Its jobs' results; None if nothing of it is there, nor will be, and the table draws no such keys any more."""
+        for look in range(_LOOKS):
+            way, lookout = self._planner.today(session, self._way)
+            try:
+                if way is None:
+                    return self._retry(session, self._way.with_reader(Reader(session.connection)), token).look()
+                retry = self._retry(session, way, token)
+                retry.lookout, retry.outdated_by = lookout, None if look else frozenset()
+                return retry.look() if only_look and retry.can_look() else retry.run()
+            except Outdated:
+                self._planner.forget(session)
+                session.forget_prepared()
+        raise Undecided(f"the table of batch {self._batch.id} keeps changing", batch_id=self._batch.id)
+
+    def _retry(self, session: Session, way: KeyedWay, token: Token) -> KeyedRetry:
+        return KeyedRetry(session, way, self._batch, self._positions, token, self)
 
     def fail(self, failed: dict[int, Exception]) -> None:
         """These are out, whatever becomes of the others: the next round is not about them."""
@@ -118,16 +148,24 @@ class KeyedAttempt(Attempt):
     """The first attempt, and the isolation that may follow it."""
 
     def __init__(
-        self, session: Session, way: KeyedWay, batch: Batch[Any], keys: Keys, isolates: bool, table: Table
+        self,
+        session: Session,
+        way: KeyedWay,
+        batch: Batch[Any],
+        keys: Keys,
+        isolates: bool,
+        table: Table,
+        planner: Planner,
     ) -> None:
         super().__init__(session, way, batch, NoGuard(), isolates)
+        self._planner = planner
         self._keyed = way
         self._keys = keys
         self._table = table
         self._ghosts = 0
 
     def run(self) -> list[Any]:
-        failed = dict(self._way.refused)
+        failed = self._unsendable()
         if failed and not self._isolates:
             return self._all_failed(failed)
         positions = [i for i in range(len(self._batch)) if i not in failed]
@@ -136,7 +174,7 @@ class KeyedAttempt(Attempt):
 
     def _give_keys(self, positions: Sequence[int], failed: dict[int, Exception]) -> list[int]:
         """Those that have keys; the others *failed* because a sequence has ended."""
-        keys, end = self._keys.draw(self._session, len(positions))
+        keys, end = self._drawn(len(positions))
         self._keyed.keys = dict(zip(positions, keys, strict=False))
         keyless = positions[len(keys) :]
         if end is not None and keyless:
@@ -145,6 +183,16 @@ class KeyedAttempt(Attempt):
                 failed |= dict(enumerate(self._all_failed({keyless[0]: end})))
                 return []
         return list(positions[: len(keys)])
+
+    def _drawn(self, count: int) -> tuple[list[tuple[bytes, ...]], psycopg.Error | None]:
+        try:
+            return self._keys.draw(self._session, count)
+        except psycopg.Error as error:
+            kind = kind_of(error)
+            self._check_outdated(error, kind is Kind.PERMANENT and self._has_moved())
+            if kind is Kind.READ_ONLY:
+                self._session.retire()
+            raise
 
     def _complete(self, results: dict[int, Any], failed: dict[int, Exception]) -> list[Any]:
         return [results[i] if i in results else failed[i] for i in range(len(self._batch))]
@@ -159,6 +207,7 @@ class KeyedAttempt(Attempt):
                 return self._by_steps(positions, failed) if self.is_suspect else self._fly(positions)
             except Refused as refused:
                 error = refused.error
+                self._check_outdated(error, refused.is_outdated)
             if not self._is_theft(error, positions):
                 break
             self._keys.forget()
@@ -201,6 +250,7 @@ class KeyedAttempt(Attempt):
         flight = self._session.flight(commits=True)
         before = self._limit(flight)
         count = self._way.send(flight, positions)
+        looks = self.lookout.look(flight)
         if self._keyed.has_deferred:
             flight.run(b"SET CONSTRAINTS ALL IMMEDIATE")
         flight.sync()
@@ -208,12 +258,12 @@ class KeyedAttempt(Attempt):
             answers = flight.land()[0]
         except BaseException as error:
             raise unknown(self._batch.id, self.pending.guard, self._token, error) from error
-        for number, answer in enumerate(answers):
-            if is_error(answer):
-                # The server says so itself, before the implicit commit or in its place.
-                self.pending = None
-                position = self._way.culprit(positions, number - before) if before <= number < before + count else None
-                raise self._refused(answer, position)
+        try:
+            self._check_refused(positions, answers, before, count, looks)
+        except Refused:
+            # The server says so itself, before the implicit commit or in its place.
+            self.pending = None
+            raise
         return self._way.read(positions, answers[before : before + count])
 
     def _limit(self, flight: Flight) -> int:
@@ -251,8 +301,10 @@ class KeyedAttempt(Attempt):
 
     def _settle_failure(self, error: psycopg.Error, positions: list[int], failed: dict[int, Exception]) -> None:
         """Raise what the whole batch is tried again for; note what fails without a look at the others."""
-        self._check_outdated(error)
-        self._raise_if_retried(error, kind_of(error))
+        kind = kind_of(error)
+        is_isolated = self._isolates and len(positions) > 1  # which looks, too
+        self._check_outdated(error, kind is Kind.PERMANENT and not is_isolated and self._has_moved())
+        self._raise_if_retried(error, kind)
         if not self._isolates:
             if len(positions) > 1:
                 self._find_culprit(error, positions, failed)
@@ -271,7 +323,7 @@ class KeyedAttempt(Attempt):
 
     def _commit_isolated(self, results: dict[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
         ordered = self._complete(results, failed)
-        self._guard = KeyGuard(self._keyed, list(results), ordered, self._batch)
+        self._guard = KeyGuard(self._keyed, list(results), ordered, self._batch, self._planner)
         self._token = token_of(self._session)
         self._commit(ordered)
         return results
@@ -280,7 +332,7 @@ class KeyedAttempt(Attempt):
         for i, error in self._way.refused.items():
             results[i] = error
         self._token = token_of(self._session)
-        guard = KeyGuard(self._keyed, positions, results, self._batch)
+        guard = KeyGuard(self._keyed, positions, results, self._batch, self._planner)
         return Pending(results, self._token, guard, self._batch.deadline)
 
 
@@ -339,26 +391,27 @@ class KeyedRetry(Attempt):
         """
         # Before the keys, in a transaction of its own: what it commits until it is gone is seen then.
         self._end_attempts()
-        return self._found()
+        return self.found()
 
     def _round(self) -> dict[int, Any] | None:
         try:
             results = self._plainly(self._positions)
         except Refused as refused:
-            self._roll_back()
-            if kind_of(refused.error) not in (Kind.PERMANENT, Kind.STALE):
-                if kind_of(refused.error) is Kind.LOCK:
+            kind = kind_of(refused.error)
+            self._check_outdated(refused.error, self._roll_back(look=kind is Kind.PERMANENT) or refused.is_outdated)
+            if kind not in (Kind.PERMANENT, Kind.STALE):
+                if kind is Kind.LOCK:
                     self._end_attempts()
                 raise refused.error from None
             # Decided against the data of today. If the first attempt was committed, its keys tell.
-            return self._found() or self._anew()
+            return self.found() or self._anew()
         if len(results) == len(self._positions):
             self._commit_retry(results)
             return results
         self._roll_back()
-        return self._found()
+        return self.found()
 
-    def _found(self) -> dict[int, Any] | None:
+    def found(self) -> dict[int, Any] | None:
         """The rows of the first attempt; None if not one of the keys is there."""
         found = self._look_up(self._positions)
         if found is None:
@@ -429,7 +482,7 @@ class KeyedRetry(Attempt):
         if not results:
             # There is nothing that it would meet.
             self._end_attempts()
-            if found := self._found():
+            if found := self.found():
                 return found
         self._owner.fail(failed)
         if results:

@@ -101,7 +101,8 @@ class Portable(Frame):
     def _together(self, jobs: Sequence[Any]) -> list[Any]:
         with self._connection.cursor(row_factory=tuple_row) as cursor:
             adapt(cursor.adapters, self._connection)
-            cursor.executemany(self._statement, jobs, returning=True)
+            with self._unprepared():
+                cursor.executemany(self._statement, jobs, returning=True)
             # Never flattened: a job whose set is empty (ON CONFLICT DO NOTHING) would give its place to the next one.
             results = [_result(cursor)]
             while cursor.nextset():
@@ -115,6 +116,16 @@ class Portable(Frame):
             # What is deferred to COMMIT would be an error nobody could isolate.
             self._connection.execute(_IMMEDIATE)
         return results
+
+    @contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        # What psycopg prepares by itself keeps the types that its parameters had then, whatever becomes of the table.
+        threshold = self._connection.prepare_threshold
+        self._connection.prepare_threshold = None
+        try:
+            yield
+        finally:
+            self._connection.prepare_threshold = threshold
 
     def _singly(self, jobs: Sequence[Any]) -> list[Any]:
         return [self._alone(job) for job in jobs]

@@ -18,7 +18,7 @@ from .columns import column_of
 from .connecting import connect
 from .connections import OwnConnections
 from .conninfo import connection_parameters
-from .errors import Undecided
+from .errors import TableChanging, Undecided
 from .guard import Guards
 from .order import Order, Ordered
 from .parameters import Job
@@ -32,6 +32,8 @@ from .writer import StatementWriter, TableWriter, Writer
 
 Statement: TypeAlias = str | bytes | sql.Composable
 Connections: TypeAlias = OwnConnections | BorrowedConnections
+
+_LOOKS = 4  # so often an attempt looks at its table
 
 
 @dataclass(slots=True)
@@ -58,10 +60,6 @@ class PostgresProcessor:
     A job's result is its statement's row as a dict, None where it returned no row (ON CONFLICT DO NOTHING, an UPDATE …
     RETURNING that met nothing), a list of dicts where it returned several. Without RETURNING an UPDATE, DELETE or MERGE
     gives the number of its rows as an int, any other command None.
-
-    What a job gives for json, jsonb, an array or a domain of them is JSON, in every form: dict, list, tuple, bool,
-    numbers, dates and uuids too, on any level; a str is JSON text as it stands, None is NULL. `Json` and `Jsonb`,
-    psycopg's `set_json_dumps` and dumpers of your own win.
 
     A job that the database refuses fails alone, with psycopg's own error; the others are committed. When the
     answer to COMMIT is missing, the batch is looked up (`commit_guard`) and either completed or written anew.
@@ -126,7 +124,7 @@ class PostgresProcessor:
         """A processor that inserts jobs as rows of *table*, a batch in one statement: the bulk form.
 
         Every value is sent as text and read by the server as the column's type, as a literal in SQL would be: 1.5
-        for an integer column is an error and is not rounded. For JSON see the constructor.
+        for an integer column is an error and is not rounded. dicts and lists for json columns become JSON.
 
         Args:
             conninfo: as for the constructor.
@@ -223,14 +221,16 @@ class PostgresProcessor:
 
     def _written(self, session: Session, trial: Trial) -> list[Any]:
         trial.order = order = self._order.of(trial.batch)
-        try:
-            return order.restored(self._attempt(session, order, trial).run())
-        except Outdated:
-            self._writer.forget(session)
-        return order.restored(self._attempt(session, order, trial).run())
+        for look in range(_LOOKS):
+            try:
+                return order.restored(self._attempt(session, order, trial, again=look > 0).run())
+            except Outdated:
+                self._writer.forget(session)
+                session.forget_prepared()
+        raise TableChanging("the table is changed faster than it can be looked at")
 
-    def _attempt(self, session: Session, order: Ordered, trial: Trial) -> Attempt | Portable:
-        attempt = trial.attempt = self._writer.attempt(session, order.batch, self._guards)
+    def _attempt(self, session: Session, order: Ordered, trial: Trial, again: bool) -> Attempt | Portable:
+        attempt = trial.attempt = self._writer.attempt(session, order.batch, self._guards, again)
         attempt.is_suspect = trial.watch.suspect is not None
         return attempt
 

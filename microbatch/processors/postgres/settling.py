@@ -77,7 +77,7 @@ class Undecideds:
         if session.status != TransactionStatus.IDLE:
             raise unknown(batch.id, pending.guard, pending.token, "its connection is inside a transaction")
         try:
-            committed = pending.guard.settle(session, pending.token, batch.id, only_look)
+            committed = _asked(session, batch, pending, only_look)
         except Undecided:
             raise
         except CommitUnknown as error:
@@ -109,6 +109,16 @@ class Undecideds:
         # Never one that may still come back: forgotten, it would be written anew.
         for batch_id in over[: max(0, len(self._pending) - _REMEMBERED)]:
             self._pending.pop(batch_id, None)
+
+
+def _asked(session: Session, batch: Batch[Any], pending: Pending, only_look: bool) -> bool:
+    try:
+        return pending.guard.settle(session, pending.token, batch.id, only_look)
+    except psycopg.Error as error:
+        # Of the session, and not of the batch: what had been prepared on it is not there any more.
+        if kind_of(error) is not Kind.STALE or not session.forget_prepared():
+            raise
+    return pending.guard.settle(session, pending.token, batch.id, only_look)
 
 
 def _advice(error: CommitUnknown, pending: Pending) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import psycopg
 import psycopg_pool
 
-from .errors import KeysTaken
+from .errors import KeysTaken, TableChanging
 from .refused import tells_for_good
 
 
@@ -61,10 +61,10 @@ def kind_of(error: BaseException) -> Kind:
     if not isinstance(error, psycopg.Error):
         return Kind.PERMANENT
     code = error.sqlstate
+    if isinstance(error, (KeysTaken, TableChanging)):
+        return Kind.CONFLICT
     if code is None:
         return Kind.LINK if _is_lost_link(error) else Kind.PERMANENT
-    if isinstance(error, KeysTaken):
-        return Kind.CONFLICT
     if code == _FEATURE_NOT_SUPPORTED and "cached plan" in str(error):
         return Kind.STALE
     return _KINDS.get(code) or _KINDS.get(code[:2], Kind.PERMANENT)

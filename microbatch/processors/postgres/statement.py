@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -11,7 +11,7 @@ from psycopg.pq.abc import PGresult
 
 from .columns import at, said
 from .flight import Flight
-from .parameters import Job, Parameters
+from .parameters import Job
 from .translate import Bound, Reader, as_result, bind_jobs, count_of, placeholders
 
 
@@ -20,24 +20,23 @@ class StatementWay:
 
     in_order = True  # an UPDATE may leave to the next one what a CHECK then refuses
 
-    def __init__(
-        self,
-        connection: psycopg.Connection[Any],
-        statement: Query,
-        jobs: Sequence[Job],
-        applied: Callable[[Parameters], Parameters],
-    ) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
         self._connection = connection
         self._statement = statement
-        bound = bind_jobs(connection, statement, jobs, applied)
+        bound = bind_jobs(connection, statement, jobs)
         self.refused: dict[int, Any] = {i: job for i, job in enumerate(bound) if isinstance(job, BaseException)}
         self._bound: list[Any] = bound  # a Bound where nothing was refused
         self._reader = Reader(connection)
+        self.is_kept = True  # whether its commands may be prepared for the batches to come
+
+    def example(self) -> Bound | None:
+        """Any of its jobs that can be sent."""
+        return next((bound for i, bound in enumerate(self._bound) if i not in self.refused), None)
 
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         for i in positions:
             bound: Bound = self._bound[i]
-            flight.run(bound.command, bound.parameters, bound.types, bound.formats)
+            flight.run(bound.command, bound.parameters, bound.types, bound.formats, once=not self.is_kept)
         return len(positions)
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,15 +122,31 @@ class KeyedWay(RowWay):
 
     def __init__(self, form: Form, jobs: Sequence[Job]) -> None:
         super().__init__(form, jobs)
-        assert form.keyed is not None
-        self._commands = form.keyed
         self.keys: dict[int, Key] = {}
         self.careful = False
+        self.drawn = form.drawn
+        self._take(form)
+
+    def _take(self, form: Form) -> None:
+        assert form.keyed is not None
+        self._form, self._commands, self.reader = form, form.keyed, form.reader
         table = form.target.table
         self.has_deferred = table.deferred
         self.may_change = table.notice.after_insert  # a row of its own, before anybody sees it
         self.is_logged = all(table.column(name).is_logged for name in form.drawn)
         self.beginning = form.keyed.beginning
+
+    def with_reader(self, reader: Reader) -> KeyedWay:
+        """The same, for another connection: the form's own reader may be at work for another batch."""
+        other = copy.copy(self)
+        other.reader = reader
+        return other
+
+    def with_form(self, form: Form) -> KeyedWay:
+        """The same jobs with the same keys, on the connection and for the table of *form*."""
+        other = copy.copy(self)
+        other._take(form)
+        return other
 
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         commands = self._commands

@@ -28,6 +28,7 @@ from .flight import Flight, is_error
 from .guard import Guard, NoGuard, Token, read_token
 from .isolation import Isolated, by_chunks, one_by_one
 from .log import tell
+from .lookout import Lookout, NoLookout, has_moved
 from .order import Ordered
 from .session import MARKER, Session
 from .sqlstate import Kind, finally_failed, is_refusal, kind_of
@@ -66,16 +67,20 @@ class Pending:
 
 
 class Refused(Exception):
-    """The server refused a command before COMMIT; the transaction is aborted. *position* is the job, where known."""
+    """The server refused a command before COMMIT; the transaction is aborted. *position* is the job, where known.
+
+    *is_outdated*: it was the look behind the rows, and the table is another one by now.
+    """
 
     def __init__(self, error: psycopg.Error, position: int | None) -> None:
         super().__init__()
         self.error = error
         self.position = position
+        self.is_outdated = False
 
 
 class Outdated(Exception):
-    """What is known of the table is out of date; nothing was written, and another attempt starts anew."""
+    """What is known of the table, or prepared, is out of date; nothing was written, and another attempt starts anew."""
 
 
 class Frame:
@@ -140,7 +145,9 @@ class Attempt(Frame):
         self._guard = NoGuard() if self._inside else guard
         self._token = Token()
         self._is_checked: bool | None = None
-        self.outdated_by: frozenset[str] = frozenset()  # the SQLSTATEs of an answer that is worth another look
+        self.lookout: Lookout = NoLookout()
+        # The SQLSTATEs of an answer that is worth another look; None where this is that look.
+        self.outdated_by: frozenset[str] | None = frozenset()
 
     def run(self) -> list[Any]:
         """One result per job; an exception in the place of a job that failed alone.
@@ -150,7 +157,7 @@ class Attempt(Frame):
             ProcessorContractError: the statement itself ended the transaction.
             psycopg.Error: nothing was written for any job.
         """
-        failed = dict(self._way.refused)
+        failed = self._unsendable()
         if failed and not self._isolates:
             return self._all_failed(failed)
         while positions := [i for i in range(len(self._batch)) if i not in failed]:
@@ -173,25 +180,20 @@ class Attempt(Frame):
     # Writing, up to a transaction that is open and complete.
 
     def _write(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
-        stale = False
-        while True:
-            try:
-                return self._plainly(positions)
-            except Refused as refused:
-                self._roll_back()
-                self._check_outdated(refused.error)
-                kind = kind_of(refused.error)
-                if kind is Kind.STALE and not stale and self._session.forget_prepared():
-                    stale = True
-                    continue
-                self._raise_if_retried(refused.error, kind)
-                if not self._isolates:
-                    failed.update(self._blamed(refused))
-                    return {}
-                if len(positions) == 1:
-                    failed[positions[0]] = self._last_word(refused.error)
-                    return {}
-                return self._isolated(positions, failed)
+        try:
+            return self._plainly(positions)
+        except Refused as refused:
+            kind = kind_of(refused.error)
+            is_outdated = self._roll_back(look=kind is Kind.PERMANENT) or refused.is_outdated
+            self._check_outdated(refused.error, is_outdated)
+            self._raise_if_retried(refused.error, kind)
+            if not self._isolates:
+                failed.update(self._blamed(refused))
+                return {}
+            if len(positions) == 1:
+                failed[positions[0]] = self._last_word(refused.error)
+                return {}
+            return self._isolated(positions, failed)
 
     def _plainly(self, positions: list[int]) -> dict[int, Any]:
         """All jobs in one flight."""
@@ -204,7 +206,9 @@ class Attempt(Frame):
     def _written(self, positions: list[int], checked: bool) -> dict[int, Any]:
         flight = self._session.flight()
         before = self._begin(flight)
+        self.lookout.prepare(flight)
         count = self._way.send(flight, positions)
+        looks = self.lookout.look(flight)
         if checked:
             # What is deferred to COMMIT would be an error nobody could isolate.
             flight.run(_IMMEDIATE)
@@ -212,15 +216,23 @@ class Attempt(Frame):
             flight.run(elsewhere.REACHED)
         flight.sync()
         answers = self._landed(flight)
-        for number, answer in enumerate(answers):
-            if is_error(answer):
-                command = number - before
-                is_job = 0 <= command < count
-                raise self._refused(answer, self._way.culprit(positions, command) if is_job else None)
+        self._check_refused(positions, answers, before, count, looks)
         self._read_head(answers)
         if asks:
             self._token.servers = int(answers[-1].get_value(0, 0) or 0)
         return self._way.read(positions, answers[before : before + count])
+
+    def _check_refused(
+        self, positions: Sequence[int], answers: Sequence[PGresult], before: int, count: int, looks: int
+    ) -> None:
+        """Raise for the first error among *answers*: to so many commands *before* the jobs', to these, to *looks*."""
+        for number, answer in enumerate(answers):
+            if is_error(answer):
+                command = number - before
+                position = self._way.culprit(positions, command) if 0 <= command < count else None
+                refused = self._refused(answer, position)
+                refused.is_outdated = count <= command < count + looks and has_moved(refused.error)
+                raise refused
 
     def _asks_elsewhere(self) -> bool:
         """Whether it is to be seen which other servers this transaction has reached."""
@@ -232,6 +244,9 @@ class Attempt(Frame):
             # The earlier of two jobs wins, also when only its neighbours had made its chunk fail.
             self._roll_back()
             isolated = self._isolate(one_by_one, positions)
+        if self._has_moved() or any(map(self._is_outdated, isolated.errors.values())):
+            self._roll_back()
+            raise Outdated
         for i, error in isolated.errors.items():
             failed[i] = self._last_word(error)
         for first in isolated.errors.values():
@@ -263,6 +278,7 @@ class Attempt(Frame):
         for answer in answers:
             if is_error(answer):
                 self._roll_back()
+                self._check_outdated(self._session.error(answer))
                 self._session.retire()  # what is known of this server may be out of date
                 raise self._session.error(answer)
         self._read_head(answers)
@@ -278,13 +294,52 @@ class Attempt(Frame):
         error = self._session.error(answer)
         return Refused(error if position is None else self._way.note(position, error), position)
 
-    def _check_outdated(self, error: psycopg.Error) -> None:
-        if error.sqlstate in self.outdated_by:
+    # Whether it is the job's fault, or what it was put together with is of another day.
+
+    def _unsendable(self) -> dict[int, Exception]:
+        """The jobs that cannot even be sent, for the table as it is."""
+        refused = dict(self._way.refused)
+        if refused and not self._inside and self._has_moved():
+            raise Outdated
+        return refused
+
+    def _check_outdated(self, error: psycopg.Error, is_outdated: bool = False) -> None:
+        """Raise `Outdated` unless *error* is to be believed; nothing of the batch is left by now."""
+        if is_outdated or self._is_outdated(error):
             raise Outdated from error
+
+    def _is_outdated(self, error: psycopg.Error) -> bool:
+        if self.outdated_by is None:
+            return False
+        return error.sqlstate in self.outdated_by or kind_of(error) is Kind.STALE
+
+    def _has_moved(self) -> bool:
+        """A look by itself; in a transaction of ours that is open it takes the rows along if it fails."""
+        flight = self._session.flight()
+        if not self.lookout.look(flight):
+            return False
+        flight.sync()
+        try:
+            return self._seen(flight.land()[0])
+        except psycopg.Error:
+            if self._session.is_open:
+                self._roll_back()
+            raise
+
+    def _seen(self, answers: Sequence[PGresult]) -> bool:
+        """Whether a look with these *answers* has seen that something moved."""
+        for answer in answers:
+            if is_error(answer):
+                error = self._session.error(answer)
+                if has_moved(error):
+                    return True
+                raise error
+        return False
 
     def _landed(self, flight: Flight) -> list[PGresult]:
         answers = flight.land()[0]
-        self._check_open()
+        if not is_error(answers[0]):  # without a beginning there is nothing that could have been ended
+            self._check_open()
         return answers
 
     def _check_open(self) -> None:
@@ -354,19 +409,25 @@ class Attempt(Frame):
         if self._guard.needs_xid:
             read_token(self._session, self._token, answers[1])
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, look: bool = False) -> bool:
+        """Undo everything, and say whether a *look* sees that something has moved."""
         flight = self._session.flight()
+        # Never by a name: it must work whatever became of what was prepared.
+        flight.run(b"ROLLBACK TO microbatch_batch" if self._inside else b"ROLLBACK", once=True)
+        flight.sync()
+        looks = self.lookout.look(flight) if look else 0
+        if looks:
+            flight.sync()
         if self._inside:
             flight.run(b"ROLLBACK TO microbatch_batch")
             flight.run(b"RELEASE microbatch_batch")
-        else:
-            flight.run(b"ROLLBACK")
-        flight.sync()
-        flight.land()
+            flight.sync()
+        answers = flight.land()
         self._session.is_open = False
         # Undone for certain, so its lane is free; behind a lost link it may be locked for a while.
         self._guard.release(self._token)
         self._token = Token()
+        return looks > 0 and self._seen(answers[1])
 
     def _commit(self, results: list[Any]) -> None:
         if self._asks_elsewhere():
@@ -401,7 +462,8 @@ class Attempt(Frame):
             # Said without an error, so without a SQLSTATE of the server's.
             return psycopg.errors.InFailedSqlTransaction("the server rolled the batch back instead of committing it")
         failure = self._session.error(answer)
-        if self._inside:
+        if self._inside or self._session.status == TransactionStatus.INERROR:
+            # Inside a transaction that has failed COMMIT was not even begun.
             return failure
         is_idle = self._session.status == TransactionStatus.IDLE
         return (

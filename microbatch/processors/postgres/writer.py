@@ -20,6 +20,7 @@ from .conversions import settings_of
 from .guard import Guard, Guards
 from .keyed import KeyedAttempt, refusal_of
 from .keys import Keys, keys_of
+from .lookout import Lookout, NoLookout, Stamp, columns_behind, stamp_of
 from .plan import Plan, Strategy, plan_for
 from .portable import Portable
 from .session import Session
@@ -27,19 +28,16 @@ from .statement import StatementWay
 from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
 from .translate import columns_of, is_supported, once, placeholders
-from .typed import JsonParameters, Known
 
 _log = Log("microbatch.postgres")
 
 Returning: TypeAlias = Literal["*"] | Sequence[str] | None
 
 _REREAD_SECONDS = 60.0
-# What the catalogue said may be out of date.
-_OUTDATED = frozenset(("42703", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501"))
-
-# A parameter may be JSON, and its value was sent as what it is in Python; or it is JSON no more.
-_MISTYPED = frozenset(("42804", "42846", "42883"))
-_MISREAD = frozenset(("22P02",))
+# What the catalogue said, or what was prepared, may be out of date: names, types, and what is found missing inside.
+_OUTDATED = frozenset(
+    ("42703", "42704", "42883", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501", "XX000")
+)
 
 
 class Writer(Protocol):
@@ -53,8 +51,8 @@ class Writer(Protocol):
     def forget(self, session: Session) -> None:
         """What is known through *session* is out of date."""
 
-    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
-        """One attempt to write *batch*."""
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards, again: bool = False) -> Attempt | Portable:
+        """One attempt to write *batch*; *again*: the one before was out of date, and everything is looked at anew."""
 
 
 class StatementWriter:
@@ -79,32 +77,43 @@ class StatementWriter:
         columns_of(answer, session.encoding)
 
     def forget(self, session: Session) -> None:
-        """Ask for the types of the parameters before the next batch: one is not what its value says."""
-        session.memory[self] = None
+        """Ask for the tables of the statement again before the next batch."""
+        session.memory.pop(self, None)
 
-    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards, again: bool = False) -> Attempt | Portable:
         if not is_supported(session.connection):
             return Portable(session, self._statement, batch, self._isolates)
-        known: Known | None = session.memory.get(self)
-        if known is not None and not known.is_trusted():
-            known = None
-        parameters = JsonParameters(session, self._statement, known, at_once=self in session.memory)
-        way = StatementWay(session.connection, self._statement, batch, parameters.applied)
-        if parameters.failure is not None:
-            raise parameters.failure
-        if parameters.has_asked:
-            session.memory[self] = parameters.known
+        way = StatementWay(session.connection, self._statement, batch)
+        is_known = self in session.memory
         attempt = Attempt(session, way, batch, guards.choose(session), self._isolates)
-        if not parameters.has_asked:
-            attempt.outdated_by = _MISTYPED if known is None or not known.kinds else _MISTYPED | _MISREAD
+        lookout = self._lookout(session, way)
+        if lookout is None:
+            way.is_kept = False
+        else:
+            attempt.lookout = lookout
+        attempt.outdated_by = None if again else _OUTDATED if is_known else frozenset()
         return attempt
+
+    def _lookout(self, session: Session, way: StatementWay) -> Lookout | None:
+        """For what is prepared with types that the server chose; None where nothing may be kept."""
+        if session.prepared is None:
+            return NoLookout()
+        known: Lookout | None = session.memory.get(self)
+        if known is not None:
+            return known
+        example = way.example()
+        found = None if example is None else columns_behind(session, example.command, example.types)
+        if found is not None:
+            session.memory[self] = found
+        return found
 
 
 class Planned:
     """One table as one connection sees it, and the keys drawn through it."""
 
-    def __init__(self, session: Session, target: Target, plan: Plan, read_at: float) -> None:
+    def __init__(self, session: Session, target: Target, plan: Plan, stamp: Stamp, read_at: float) -> None:
         self.plan = plan
+        self.stamp = stamp
         self.read_at = read_at
         self.settings = settings_of(session.connection)
         self.form = Form(session.connection, target, plan.drawn)
@@ -143,12 +152,12 @@ class TableWriter:
         """Read the catalogue again before the next batch."""
         session.memory.pop(self, None)
 
-    def attempt(self, session: Session, batch: Batch[Any], guards: Guards) -> Attempt | Portable:
+    def attempt(self, session: Session, batch: Batch[Any], guards: Guards, again: bool = False) -> Attempt | Portable:
         known = session.memory.get(self)
         planned = self._planned(session)
         attempt = self._attempt(session, batch, guards, planned)
-        if planned is known:
-            attempt.outdated_by = _OUTDATED
+        attempt.lookout = planned.stamp
+        attempt.outdated_by = None if again else _OUTDATED if planned is known else frozenset()
         return attempt
 
     def _attempt(self, session: Session, batch: Batch[Any], guards: Guards, planned: Planned) -> Attempt:
@@ -159,7 +168,13 @@ class TableWriter:
             return self._plain(session, MergeWay(planned.form, batch), batch, guards.choose(session))
         assert planned.keys is not None
         way = KeyedWay(planned.form, batch)
-        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.form.target.table)
+        return KeyedAttempt(session, way, batch, planned.keys, self._isolates, planned.form.target.table, self)
+
+    def today(self, session: Session, way: KeyedWay) -> tuple[KeyedWay | None, Lookout]:
+        """*way*, with its keys, as the table is now on *session*; None where it draws no such keys any more."""
+        planned = self._planned(session)
+        is_same = planned.plan.strategy == "keys" and planned.plan.drawn == way.drawn
+        return way.with_form(planned.form) if is_same else None, planned.stamp
 
     def _plain(self, session: Session, way: RowWay, batch: Batch[Any], guard: Guard) -> Attempt:
         return Attempt(session, way, batch, guard, self._isolates)
@@ -169,15 +184,18 @@ class TableWriter:
         if known is not None and known.settings != settings_of(session.connection):
             known = None  # its converters, its commands, and perhaps its table, are another session's
         now = time.monotonic()
-        # Looked at again now and then: a trigger that is added changes nothing that an error would tell.
-        if known is not None and now - known.read_at < _REREAD_SECONDS:
+        # Looked at again now and then: not everything that matters is in the stamp. And each time in somebody else's
+        # transaction, whose own changes all have the same stamp.
+        is_inside = session.status == TransactionStatus.INTRANS
+        if known is not None and now - known.read_at < _REREAD_SECONDS and not is_inside:
             return known
-        if session.status == TransactionStatus.INTRANS and known is not None:
-            return known
+        stamp = stamp_of(session, self._table)
         table = look_up(session, self._table, self._columns)
-        if known is not None and known.form.target.table == table:
+        if known is not None and (known.stamp.command, known.form.target.table) == (stamp.command, table):
             known.read_at = now
             return known
+        # It was parsed for the table as it was.
+        session.forget_prepared()
         options = (self._columns, session.facts.version, bool(self._on_conflict), self._has_ledger)
         plan = plan_for(table, *options)
         once(self._returning or ())
@@ -185,7 +203,7 @@ class TableWriter:
         if plan.strategy == "keys" and self._strategy in ("auto", "keys"):
             refusal = refusal_of(session, KeyedCommands(target, plan.drawn).recoded(session.connection))
             plan = plan_for(table, *options, refusal) if refusal else plan
-        planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), now)
+        planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), stamp, now)
         self._tell(planned.plan)
         return planned
 
