@@ -450,6 +450,20 @@ BREAKS = (
         ("test_threads.py::test_p4_an_undecided_batch_comes_back_unchanged_alone_with_its_id",),
     ),
     Break(
+        "a batch goes into one command, however large it is",
+        "P3",
+        "processors/postgres/values.py",
+        (("return size > _LARGEST", "return False"),),
+        ("test_postgres_large.py::test_no_command_is_larger_than_it_may_be",),
+    ),
+    Break(
+        "a job that no message carries is sent again and again",
+        "P3",
+        "processors/postgres/transaction.py",
+        (("self._way.size(i) > _MESSAGE", "False"),),
+        ("test_postgres_large.py::test_P3_a_job_that_no_message_carries_says_so_and_fails_alone",),
+    ),
+    Break(
         "a batch that was committed on another server alone is written again",
         "P4",
         "processors/postgres/guard.py",

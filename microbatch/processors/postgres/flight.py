@@ -127,6 +127,14 @@ class Flight:
         self._begin()
         self._name(command, ())
 
+    def push(self) -> None:
+        """Send what is queued before more is: libpq holds no more than 2 GB, and a copy of large values is enough."""
+        try:
+            self._send_all()
+        except BaseException:
+            self._connection.close()  # as in `land`
+            raise
+
     def sync(self) -> None:
         """Queue a synchronisation point."""
         self._begin()

@@ -204,7 +204,8 @@ class KeyedAttempt(Attempt):
             if not positions:
                 return None
             try:
-                return self._by_steps(positions, failed) if self.is_suspect else self._fly(positions)
+                by_steps = self.is_suspect or not self._keyed.fits(positions)
+                return self._by_steps(positions, failed) if by_steps else self._fly(positions)
             except Refused as refused:
                 error = refused.error
                 self._check_outdated(error, refused.is_outdated)
@@ -236,7 +237,10 @@ class KeyedAttempt(Attempt):
         raise KeysTaken(_TAKEN)
 
     def _by_steps(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
-        """COMMIT apart, when all is well: what breaks the link before it has left nothing for certain."""
+        """COMMIT apart, when all is well: what breaks the link before it has left nothing for certain.
+
+        It is also what takes long: of a flight that commits no more than half the time is awaited.
+        """
         try:
             results = self._plainly(positions)
         except Refused:
@@ -468,9 +472,9 @@ class KeyedRetry(Attempt):
         flight = self._session.flight(keep=False)
         self._keyed.compare(flight, self._positions)
         flight.sync()
-        answer = flight.land()[0][-1]
+        answers = flight.land()[0]
         # A value that cannot even be read was never written.
-        return 0 if is_error(answer) else int(answer.get_value(0, 0) or 0)
+        return 0 if any(map(is_error, answers)) else sum(int(answer.get_value(0, 0) or 0) for answer in answers)
 
     def _anew(self) -> dict[int, Any] | None:
         """Each job for itself, with the same keys: a first attempt that arrives late meets them."""

@@ -39,6 +39,9 @@ class StatementWay:
             flight.run(bound.command, bound.parameters, bound.types, bound.formats, once=not self.is_kept)
         return len(positions)
 
+    def size(self, position: int) -> int:
+        return sum(len(value) for value in self._bound[position].parameters or () if value is not None)
+
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[command]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import psycopg
-from psycopg.pq import ExecStatus, Format
+from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
 from microbatch.errors import ProcessorContractError
@@ -19,7 +20,7 @@ from .errors import is_jobs_own
 from .flight import Flight
 from .parameters import Job
 from .translate import Reader, as_result
-from .values import Row, RowDumper, array
+from .values import Arrays, Row, RowDumper, array, arrays, is_too_large
 
 Key = tuple[bytes, ...]
 
@@ -62,6 +63,9 @@ class RowWay:
             flight.run(self._form.insert, self._rows[i])
         return len(positions)
 
+    def size(self, position: int) -> int:
+        return sum(len(value) for value in self._rows[position] if value is not None)
+
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[command]
 
@@ -85,12 +89,28 @@ class RowWay:
 class MergeWay(RowWay):
     """One MERGE for all jobs, which tells each row's number beside it; a job that is tried alone is an INSERT."""
 
+    def __init__(self, form: Form, jobs: Sequence[Job]) -> None:
+        super().__init__(form, jobs)
+        self._parts: dict[int, list[Sequence[int]]] = {}  # of groups that were sent in several, by the first position
+
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         if each or len(positions) == 1:
             return super().send(flight, positions)
-        rows = [self._rows[i] for i in positions]
-        _run(flight, self._form.merge, [array(column) for column in zip(*rows, strict=True)])
-        return 1
+        parts: list[Sequence[int]] = []
+        for part, values in by_size(self._arrays, positions):
+            if parts:
+                flight.push()
+            if values is None:
+                super().send(flight, part)
+            else:
+                _run(flight, self._form.merge, values)
+            parts.append(part)
+        if len(parts) > 1:
+            self._parts[positions[0]] = parts
+        return len(parts)
+
+    def _arrays(self, positions: Sequence[int]) -> Arrays | None:
+        return arrays(zip(*[self._rows[i] for i in positions], strict=True))
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[0] if len(positions) == 1 else None
@@ -98,7 +118,12 @@ class MergeWay(RowWay):
     def read(self, positions: Sequence[int], answers: Sequence[PGresult]) -> dict[int, Any]:
         if len(answers) == len(positions):
             return super().read(positions, answers)
-        return self._by_number(positions, answers[0])
+        if len(answers) == 1:
+            return self._by_number(positions, answers[0])
+        results: dict[int, Any] = {}
+        for part, answer in zip(self._parts[positions[0]], answers, strict=True):
+            results |= self.read(part, [answer])
+        return results
 
     def _by_number(self, positions: Sequence[int], answer: PGresult) -> dict[int, Any]:
         """A row that a trigger swallowed is absent, and its job has no row."""
@@ -135,6 +160,15 @@ class KeyedWay(RowWay):
         self.may_change = table.notice.after_insert  # a row of its own, before anybody sees it
         self.is_logged = all(table.column(name).is_logged for name in form.drawn)
         self.beginning = form.keyed.beginning
+        self._ready: tuple[Sequence[int], Arrays] | None = None
+
+    def fits(self, positions: Sequence[int]) -> bool:
+        """Whether one command carries them. `send`, which is to follow, takes what was put together for that."""
+        if len(positions) == 1:
+            return not is_too_large(self.size(positions[0]))
+        values = self._arrays(positions)
+        self._ready = None if values is None else (positions, values)
+        return values is not None
 
     def with_reader(self, reader: Reader) -> KeyedWay:
         """The same, for another connection: the form's own reader may be at work for another batch."""
@@ -154,8 +188,17 @@ class KeyedWay(RowWay):
             for i in positions:
                 flight.run(commands.careful_one if self.careful else commands.one, self._whole_row(i))
             return len(positions)
-        _run(flight, commands.careful_all if self.careful else commands.all, self._arrays(positions))
-        return 1
+        count, ready, self._ready = 0, self._ready, None
+        is_ready = ready is not None and ready[0] is positions
+        for part, values in [ready] if ready and is_ready else by_size(self._arrays, positions):
+            if count:
+                flight.push()
+            if values is None:
+                self.send(flight, part, each=True)
+            else:
+                _run(flight, commands.careful_all if self.careful else commands.all, values)
+            count += 1
+        return count
 
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         return positions[0] if len(positions) == 1 else None
@@ -174,12 +217,15 @@ class KeyedWay(RowWay):
 
     def look_up(self, flight: Flight, positions: Sequence[int]) -> None:
         """Queue the question which of the keys are in the table."""
-        arrays = self._arrays(positions)
-        _run(flight, self._commands.look_up, [arrays[i] for i in self._commands.key])
+        columns = list(zip(*[self._whole_row(i) for i in positions], strict=True))
+        _run(flight, self._commands.look_up, [array(columns[i]) for i in self._commands.key])
 
     def compare(self, flight: Flight, positions: Sequence[int]) -> None:
-        """Queue the count of rows that hold exactly what the jobs gave."""
-        _run(flight, self._commands.compare, self._arrays(positions))
+        """Queue the count of rows that hold exactly what the jobs gave; it may take several commands."""
+        for part, values in by_size(self._arrays, positions):
+            if values is None:
+                values = [array((text,)) for text in self._whole_row(part[0])]
+            _run(flight, self._commands.compare, values)
 
     def found(self, positions: Sequence[int], answer: PGresult) -> dict[int, Any]:
         """The rows of *answer*, by job."""
@@ -197,11 +243,23 @@ class KeyedWay(RowWay):
     def _whole_row(self, i: int) -> Row:
         return [*self.keys[i], *self._rows[i]]
 
-    def _arrays(self, positions: Sequence[int]) -> list[tuple[bytes, Format]]:
+    def _arrays(self, positions: Sequence[int]) -> Arrays | None:
         keys = zip(*[self.keys[i] for i in positions], strict=True)
-        columns = zip(*[self._rows[i] for i in positions], strict=True)
-        return [*map(array, keys), *map(array, columns)]
+        return arrays(chain(keys, zip(*[self._rows[i] for i in positions], strict=True)))
 
 
-def _run(flight: Flight, command: bytes, arrays: Sequence[tuple[bytes, Format]]) -> None:
-    flight.run(command, [data for data, _ in arrays], formats=[form for _, form in arrays])
+def by_size(
+    arrays_of: Callable[[Sequence[int]], Arrays | None], positions: Sequence[int]
+) -> Iterator[tuple[Sequence[int], Arrays | None]]:
+    """*positions* in as few halves as one command can carry each, with its arrays; a single one has none."""
+    values = arrays_of(positions) if len(positions) > 1 else None
+    if values is not None or len(positions) == 1:
+        yield positions, values
+        return
+    middle = len(positions) // 2
+    yield from by_size(arrays_of, positions[:middle])
+    yield from by_size(arrays_of, positions[middle:])
+
+
+def _run(flight: Flight, command: bytes, values: Arrays) -> None:
+    flight.run(command, [data for data, _ in values], formats=[form for _, form in values])

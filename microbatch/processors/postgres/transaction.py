@@ -43,6 +43,8 @@ _LIMITS = (
 )
 _IDENTITY = "pg_current_xact_id()::text, pg_backend_pid()::text"
 _IDLE_GRACE = 1000  # milliseconds
+_MESSAGE = 2**30 - 2**16  # bytes of values in one message; a server that is sent more hangs up
+_TOO_LARGE = "the job's values are %d bytes as text, and the server takes no message of 1 GB: write them in parts"
 # So many attempts of a whole batch before it is isolated, so that a job that always meets the error meets it alone.
 _TOGETHER = {Kind.LOCK: 1, Kind.CONFLICT: 3, Kind.RESOURCES: 3}
 # A lock is waited for during so large a part of the time that is left: first by the whole batch, which is then
@@ -298,10 +300,19 @@ class Attempt(Frame):
 
     def _unsendable(self) -> dict[int, Exception]:
         """The jobs that cannot even be sent, for the table as it is."""
+        if self.is_suspect:
+            self._refuse_large()
         refused = dict(self._way.refused)
         if refused and not self._inside and self._has_moved():
             raise Outdated
         return refused
+
+    def _refuse_large(self) -> None:
+        """Of a batch that broke a link it is seen which jobs are more than a message."""
+        refused = self._way.refused
+        for i in range(len(self._batch)):
+            if i not in refused and self._way.size(i) > _MESSAGE:
+                refused[i] = psycopg.DataError(_TOO_LARGE % self._way.size(i))
 
     def _check_outdated(self, error: psycopg.Error, is_outdated: bool = False) -> None:
         """Raise `Outdated` unless *error* is to be believed; nothing of the batch is left by now."""

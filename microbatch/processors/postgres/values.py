@@ -7,7 +7,7 @@ means the same in both. Whatever cannot be sent is found here, before anything i
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import psycopg
@@ -21,7 +21,10 @@ from .conversions import context_of, named
 from .parameters import Job, parameters_of
 
 Row: TypeAlias = Sequence[Buffer | None]
+Arrays: TypeAlias = list[tuple[bytes, Format]]
 
+_LARGEST = 1 << 28  # bytes in the arrays of one command
+_FEW = 16  # rows, which are looked at before they are put together
 _TEXT = 25  # the type's number
 _HEADER = struct.Struct("!iiIii")  # dimensions, whether NULL may come, type of the items, their number, the first index
 _LENGTH = struct.Struct("!i")
@@ -80,6 +83,28 @@ class RowDumper:
                 f"the job has {len(parameters)} values for {len(self._columns)} columns: {', '.join(self._columns)}"
             )
         return list(parameters)
+
+
+def arrays(columns: Iterable[Sequence[Buffer | None]]) -> Arrays | None:
+    """An array for each of *columns*; None if together they are more than a command should carry.
+
+    The server takes a message, and a value, of up to 1 GB.
+    """
+    made: Arrays = []
+    size = 0
+    for column in columns:
+        if len(column) <= _FEW and is_too_large(size + sum(map(len, filter(None, column)))):
+            return None  # seen without a copy
+        made.append(array(column))
+        size += len(made[-1][0])
+        if is_too_large(size):
+            return None
+    return made
+
+
+def is_too_large(size: int) -> bool:
+    """Whether one command should not carry so many bytes of values."""
+    return size > _LARGEST
 
 
 def array(texts: Sequence[Buffer | None]) -> tuple[bytes, Format]:

@@ -27,6 +27,9 @@ class Way(Protocol):
     def send(self, flight: Flight, positions: Sequence[int], *, each: bool = False) -> int:
         """Queue the commands that write the jobs at *positions*, one command per job if *each*; returns how many."""
 
+    def size(self, position: int) -> int:
+        """How many bytes the values of this job are on their way."""
+
     def culprit(self, positions: Sequence[int], command: int) -> int | None:
         """Whose command the one with this number is; None if it is several jobs'."""
 
