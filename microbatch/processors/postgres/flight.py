@@ -71,6 +71,7 @@ class Flight:
         self._sent: list[int] = []
         self._keys: list[tuple[bytes, tuple[int, ...]]] = []
         self._is_flying = False
+        self.answered = 0  # commands that were done before the link broke
 
     def run(
         self,
@@ -195,6 +196,7 @@ class Flight:
             self._send_all()
             self._read_into(segments)
         except psycopg.OperationalError:
+            self.answered = sum(not is_error(result) for segment in segments for result in segment)
             # What the server said before it hung up says more than that it did; behind it libpq makes answers up.
             for result in filter(_ends_session, segments[-1]):
                 raise self._error(result) from None

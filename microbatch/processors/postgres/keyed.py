@@ -380,11 +380,9 @@ class KeyedRetry(Attempt):
 
     def can_look(self) -> bool:
         """Whether the table and the server's processes tell all: the first attempt's history goes on here."""
-        first, now = self._first_token, self._session.facts
-        if not first.pid or not first.marker or not now.marker or now.pooled:
+        if not self._owner.since and not all(token.pid for token in self._owner.attempts):
             return False
-        # A crash changes only the last part. It ends every process, and takes none of their commits back.
-        return first.marker.rpartition("/")[0] == now.marker.rpartition("/")[0]
+        return self._is_same_history()
 
     def look(self) -> dict[int, Any] | None:
         """The rows of the first attempt, without sending the jobs again; None if they are not there and never will be.

@@ -105,6 +105,8 @@ class Session:
         self.facts = facts or ask(connection, give_up)
         self.memory: dict[object, Any] = {} if memory is None else memory
         self.prepared = None if self.facts.pooled else prepared
+        self._flights = 0
+        self._latest: Flight | None = None
         self.is_retired = False
         self.is_open = False  # a transaction, or a savepoint, that a batch has begun and not ended
 
@@ -118,7 +120,13 @@ class Session:
         if give_up is not None:
             now = time.monotonic()
             give_up = now + (give_up - now) * (_COMMIT_SHARE if commits else _SHARE)
-        return Flight(self.connection, self.prepared, give_up, keep=keep)
+        self._flights += 1
+        self._latest = Flight(self.connection, self.prepared, give_up, keep=keep)
+        return self._latest
+
+    def place(self) -> tuple[int, int]:
+        """How far the batch is: the flights begun, and for one that broke the link the commands that were done."""
+        return self._flights, 0 if self._latest is None else self._latest.answered
 
     @property
     def encoding(self) -> str:

@@ -18,9 +18,9 @@ What keeps the innocent from harm:
   is nobody's fault.
 * Not counted is what the server itself blames on others: a crash of another process, an immediate shutdown. Nor is
   silence up to the deadline. A break is taken back when the server turns out to have been started anew since.
-* A job alone is patient: so many breaks, with a back-off between them, that others who break links at random do not
-  break all of its own. A server that crashes again and again under others tells so, see above; and an error that leaves
-  the link intact never gives it up.
+* A job alone is patient: so many breaks *at the same place*, with a back-off between them, that what breaks links at
+  random does not do it. A server that crashes again and again under others tells so, see above; and an error that
+  leaves the link intact never gives it up.
 * Nothing is split or given up that is undecided: what became of it is found out first.
 * `on_job_error="fail_batch"`: the batch is not split, and is as patient as a job alone.
 
@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -55,12 +56,25 @@ _STARTED = b"SELECT extract(epoch FROM pg_postmaster_start_time())::text"
 
 @dataclass(slots=True)
 class Suspect:
-    """A batch that broke a link: how many breaks it has *left*, the latest error, when its server was started."""
+    """A batch that broke a link: how many breaks it *may* have, those that count by place, the latest error."""
 
-    left: int
+    may: int
     error: psycopg.Error
+    places: Counter[object] = field(default_factory=Counter)
+    latest: object = None
     breaks: int = 1
     server: bytes | None = None
+
+    def count(self, place: object) -> None:
+        self.latest = place
+        self.places[place] += 1
+
+    def excuse(self) -> None:
+        """The latest break was not its doing."""
+        self.places[self.latest] -= 1
+
+    def is_due(self) -> bool:
+        return max(self.places.values(), default=0) >= self.may
 
 
 class Watch:
@@ -81,7 +95,7 @@ class Watch:
             session.connection.add_notice_handler(self._hear)
             server = session.ask(_STARTED).get_value(0, 0)
             if suspect.server not in (None, server):
-                suspect.left += 1
+                suspect.excuse()
             suspect.server = server
         self._session = session
 
@@ -113,6 +127,10 @@ class Watch:
             return False
         return not is_last or self._session.connection.closed
 
+    def place(self) -> object:
+        """Where the link broke; what breaks it on purpose does so at the same place of each attempt."""
+        return None if self._session is None else self._session.place()
+
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
         self._is_excused = self._is_excused or notice.sqlstate in _INNOCENT
 
@@ -136,7 +154,7 @@ class Suspects:
     def sentence(self, batch: Batch[Any], watch: Watch) -> None:
         """For a batch that is known to have left nothing: raises what it comes to, if it has no break left."""
         suspect = watch.suspect
-        if suspect is None or suspect.left > 0:
+        if suspect is None or not suspect.is_due():
             return
         watch.is_over = True
         error = copy.copy(suspect.error)
@@ -156,7 +174,7 @@ class Suspects:
         if cause is not None:
             self._count(batch, watch, cause)
             suspect = self._known.get(batch.id)
-            if suspect is not None and suspect.left <= 0 and error is cause and self._splits(batch):
+            if suspect is not None and suspect.is_due() and error is cause and self._splits(batch):
                 self._split(batch, cause)
                 return
         elif watch.has_begun and not isinstance(error, CommitUnknown):
@@ -168,14 +186,18 @@ class Suspects:
     def _count(self, batch: Batch[Any], watch: Watch, cause: psycopg.Error) -> None:
         suspect, splits = watch.suspect, self._splits(batch)
         if suspect is None:
-            # The link may have been dead already, which is no job's fault; to split because of it does no harm.
-            if not isinstance(cause, ServerSilent):
-                self._remember(batch.id, Suspect(_TOGETHER - 1 if splits else _ALONE, cause))
+            if isinstance(cause, ServerSilent):
+                return
+            suspect = Suspect(_TOGETHER if splits else _ALONE, cause)
+            if splits:
+                # The link may have been dead already, which is no job's fault; to split because of it does no harm.
+                suspect.count(None)
+            self._remember(batch.id, suspect)
             return
         suspect.error = cause
         suspect.breaks += 1
         if watch.is_counted(cause, is_last=not splits):
-            suspect.left -= 1
+            suspect.count(None if splits else watch.place())
 
     def _splits(self, batch: Batch[Any]) -> bool:
         return self._isolates and len(batch) > 1
