@@ -21,12 +21,14 @@ from microbatch.protocols import Batch
 
 from .connecting import Making, connect, failed_to_connect
 from .log import tell
+from .misuse import instead_of_connection, name_of
 from .session import Facts, Session, before
 from .sqlstate import is_retryable
 
 _A_WHILE = 1.0  # seconds for a pool; then it is asked why it has none
 
-Source: TypeAlias = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
+Lent: TypeAlias = AbstractContextManager[psycopg.Connection[Any]]
+Source: TypeAlias = Callable[[], Lent]
 
 
 class BorrowedConnections:
@@ -41,7 +43,7 @@ class BorrowedConnections:
         return f"connections of {self._kind}"
 
     @contextmanager
-    def lend(self, batch: Batch[Any], *, fresh: bool = False) -> Iterator[Session]:
+    def lend(self, batch: Batch[Any], *, fresh: bool = False, given: Lent | None = None) -> Iterator[Session]:
         """The batch's verdict stands, whatever the source's context manager does on its way out.
 
         Whether it is *fresh* is the source's business.
@@ -50,7 +52,7 @@ class BorrowedConnections:
         succeeded = committed = False
         try:
             give_up = before(batch.deadline)
-            with _Entering(self._lender(give_up)) as connection:
+            with _Entering(self._lender(give_up) if given is None else lambda: given) as connection:
                 try:
                     with self._alone(_checked(connection)):
                         _check_usable(connection)
@@ -222,8 +224,8 @@ class _Entering:
 def _checked(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
     if not isinstance(connection, psycopg.Connection):
         raise TypeError(
-            f"the callable's context manager gave {type(connection).__qualname__}, not a psycopg.Connection;"
-            " with Django pass `lambda: contextlib.nullcontext(django.db.connection.connection)`"
+            f"the callable's context manager gave {name_of(connection)}, not a psycopg.Connection;"
+            f" {instead_of_connection(connection)}"
         )
     return connection
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import psycopg
 
@@ -23,11 +23,13 @@ from .session import Facts, Session, asking, before
 
 _PATIENCE = 5.0  # seconds for an answer where no batch sets a deadline
 
+Connect: TypeAlias = Callable[[], Steps[psycopg.Connection[Any]]]
+
 
 class OwnConnections:
     """As many connections as there are batches in flight at once, kept for the next ones; *connect* makes one."""
 
-    def __init__(self, connect: Callable[[], Steps[psycopg.Connection[Any]]]) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect = connect
         # By process id. Inherited ones stay here untouched: closing one would end the parent's session,
         # using one would mix the answers of two processes.
@@ -37,16 +39,16 @@ class OwnConnections:
         return "own connections"
 
     @contextmanager
-    def lend(self, batch: Batch[Any], *, fresh: bool = False) -> Iterator[Session]:
+    def lend(self, batch: Batch[Any], *, fresh: bool = False, connect: Connect | None = None) -> Iterator[Session]:
         """A connection for *batch* alone; made if none is idle, closed afterwards if it is not clean.
 
-        A *fresh* one is made in the place of an idle one.
+        A *fresh* one is made in the place of an idle one; *connect* makes it in the place of the usual way.
         """
         stock = self._stock()
         give_up = before(batch.deadline)
         if fresh and (idle := stock.take()) is not None:
             idle.close()
-        link = self._link(stock, give_up, fresh)
+        link = self._link(stock, give_up, fresh, connect)
         stock.lend(batch.id, link)
         try:
             link.session.give_up = give_up
@@ -54,6 +56,10 @@ class OwnConnections:
         finally:
             if not stock.take_back(batch.id, link):
                 self._discard(batch, link)
+
+    def is_ready(self) -> bool:
+        """Whether a connection is idle, or in the making."""
+        return self._stock().is_ready()
 
     @contextmanager
     def visit(self) -> Iterator[Session | None]:
@@ -105,18 +111,18 @@ class OwnConnections:
         _held.add(stock)
         return stock
 
-    def _link(self, stock: _Stock, give_up: float | None, fresh: bool = False) -> Link:
+    def _link(self, stock: _Stock, give_up: float | None, fresh: bool = False, connect: Connect | None = None) -> Link:
         """One that is idle, or a new one. What comes too late for this batch is kept for another."""
-        link = (None if fresh else stock.take()) or self._made(stock, give_up)
+        link = (None if fresh else stock.take()) or self._made(stock, give_up, connect or self._connect)
         if give_up is not None and give_up <= time.monotonic():
             stock.add(link)
             raise psycopg.OperationalError("no time is left before the batch's deadline")
         return link
 
-    def _made(self, stock: _Stock, give_up: float | None) -> Link:
+    def _made(self, stock: _Stock, give_up: float | None, connect: Connect) -> Link:
         failure: Exception = psycopg.errors.ConnectionTimeout("no connection was made within the batch's deadline")
         try:
-            making = stock.resume() or Making(_steps(self._connect()))
+            making = stock.resume() or Making(_steps(connect()))
             link = making.finish(give_up)
             if link is not None:
                 return link
@@ -186,6 +192,9 @@ class _Stock:
         self._idle: list[Link] = []
         self._lent: dict[str, Link] = {}
         self._paused: list[Making[Link]] = []
+
+    def is_ready(self) -> bool:
+        return bool(self._idle or self._paused)
 
     def resume(self) -> Making[Link] | None:
         with self._lock:

@@ -8,16 +8,11 @@ from typing import Any, Literal, TypeAlias, cast
 
 from psycopg import sql
 from psycopg.abc import Query
-from psycopg_pool import ConnectionPool
 
 from microbatch.protocols import Batch
 
 from . import sqlstate
-from .borrowed import BorrowedConnections, PooledConnections, Source
 from .columns import column_of
-from .connecting import connect
-from .connections import OwnConnections
-from .conninfo import connection_parameters
 from .errors import TableChanging, Undecided
 from .guard import Guards
 from .order import Order, Ordered
@@ -26,12 +21,12 @@ from .plan import Plan
 from .portable import Portable
 from .session import Session
 from .settling import Undecideds
+from .sources import Conninfo, connections_from
 from .splitting import Suspects, Watch
 from .transaction import Attempt, Outdated, Pending
 from .writer import StatementWriter, TableWriter, Writer
 
 Statement: TypeAlias = str | bytes | sql.Composable
-Connections: TypeAlias = OwnConnections | BorrowedConnections
 
 _LOOKS = 4  # so often an attempt looks at its table
 
@@ -65,16 +60,20 @@ class PostgresProcessor:
     answer to COMMIT is missing, the batch is looked up (`commit_guard`) and either completed or written anew.
 
     Args:
-        conninfo: a connection string: the processor makes its own connections, one per batch in flight,
-            anew in each process. Unless it names them, `connect_timeout`, the keep-alives,
-            `tcp_user_timeout`, `client_encoding` and `application_name` are set. It reaches no log, no repr and no
-            error.
+        conninfo: a connection string, or a `sqlalchemy.URL`: the processor makes its own connections, one per batch in
+            flight, anew in each process. libpq's keywords, `postgresql://` or `postgres://`, `postgresql+psycopg://`
+            and what else SQLAlchemy and Django write. Unless it names them, `connect_timeout`, the keep-alives,
+            `tcp_user_timeout` and `application_name` are set. It reaches no log, no repr and no error.
 
-            Or a callable that gives a context manager with a psycopg connection, such as
-            `pool.connection`. The batch is committed before the context manager is left. Inside a
-            transaction (one that has run a statement) it gets a savepoint instead, and a completed job is
-            as true as the commit of that transaction. Nobody else may use the connection meanwhile. A
-            bare connection would close itself on leaving: lend it with `contextlib.nullcontext`.
+            Or a callable that gives such a string: called when a connection is made, so it may read settings that come
+            later, or a password that changes. Or a `sqlalchemy.Engine` on psycopg: connections of the processor's own,
+            made as the engine makes its own, with `connect_args` and `do_connect` events.
+
+            Or a callable that gives a context manager with a psycopg connection, called for each batch. The batch is
+            committed before the context manager is left. Inside a transaction (one that has run a statement) it gets a
+            savepoint instead, and a completed job is as true as the commit of that transaction. Nobody else may use
+            the connection meanwhile. A bare connection would close itself on leaving: lend it with
+            `contextlib.nullcontext`.
 
             Or an open `psycopg_pool.ConnectionPool` with connections to spare. Request threads that hold
             all of them while they wait for a future are a deadlock: their batch waits for a connection.
@@ -95,7 +94,7 @@ class PostgresProcessor:
 
     def __init__(
         self,
-        conninfo: str | Source | ConnectionPool[Any],
+        conninfo: Conninfo,
         statement: Statement,
         *,
         on_job_error: Literal["isolate", "fail_batch"] = "isolate",
@@ -109,7 +108,7 @@ class PostgresProcessor:
     @classmethod
     def insert_into(
         cls,
-        conninfo: str | Source | ConnectionPool[Any],
+        conninfo: Conninfo,
         table: str,
         columns: Sequence[str],
         *,
@@ -155,13 +154,13 @@ class PostgresProcessor:
 
     def _set_up(
         self,
-        conninfo: str | Source | ConnectionPool[Any],
+        conninfo: Conninfo,
         writer: Writer,
         commit_guard: str,
         sort_key: Callable[[Any], Any] | None,
         isolates: bool,
     ) -> None:
-        self._connections = _connections(conninfo)
+        self._connections = connections_from(conninfo)
         self._writer = writer
         self._guards = Guards(_one_of("commit_guard", commit_guard, ("auto", "ledger", "xid", "none")))
         self._order = Order(sort_key)
@@ -296,20 +295,3 @@ def _is_empty(statement: Statement) -> bool:
     if isinstance(statement, sql.SQL):
         return not statement.as_string(None).strip()
     return isinstance(statement, (str, bytes)) and not statement.strip()
-
-
-def _connections(conninfo: str | Source | ConnectionPool[Any]) -> Connections:
-    if isinstance(conninfo, str):
-        parameters = connection_parameters(conninfo)
-        return OwnConnections(lambda: connect(parameters))
-    if isinstance(conninfo, ConnectionPool):
-        return PooledConnections(conninfo)
-    if callable(conninfo):
-        pool = getattr(conninfo, "__self__", None)
-        if isinstance(pool, ConnectionPool) and conninfo == pool.connection:
-            return PooledConnections(pool)
-        return BorrowedConnections(conninfo)
-    raise TypeError(
-        "conninfo must be a connection string, a callable that gives a context manager with a psycopg"
-        f" connection, or a psycopg_pool.ConnectionPool, not {type(conninfo).__qualname__}"
-    )
