@@ -45,11 +45,16 @@ def admit(core: Core, job: Job, submit_timeout: float, job_id: str | None) -> Jo
             except queue.Full:
                 pass
             else:
-                # THE acceptance: what is queued and not outstanding is skipped.
-                core.outstanding[sequence] = job
-                if job_id is not None:
-                    core.registry.live[job_id] = future
-                return future
+                # A signal handler may have closed the batcher inside `put`.
+                if not core.closed:
+                    # THE acceptance: what is queued and not outstanding is skipped.
+                    core.outstanding[sequence] = job
+                    if core.pinned is None:
+                        core.pin()  # inside `put` something else may have been the last
+                    if job_id is not None:
+                        core.registry.live[job_id] = future
+                    return future
+                raise refuse_closed(core, 1)
     if not _wait_for_places(core, 1, submit_timeout, lambda: _accept_all(core, [job], job_id)):
         return admit(core, job, 0.0, job_id)
     return job.future
@@ -86,6 +91,8 @@ def _accept_all(core: Core, jobs: list[Job], job_id: str | None) -> bool | None:
         # Those that went in lie there without being outstanding, and may be put again.
         core.intake.doubles = True
         return False
+    if core.closed:
+        raise refuse_closed(core, len(jobs))
     core.outstanding.update(accepted)
     if job_id is not None:
         core.registry.live[job_id] = jobs[0].future
@@ -98,11 +105,12 @@ def _wait_for_places(core: Core, need: int, timeout: float, accept: Callable[[],
     give_up = began + timeout
     token = Token()
     waiter = (need, token)
-    nested = core.lock._is_owned()  # type: ignore[attr-defined]
-    may_wait = timeout > 0 and core.options.when_full == "block" and not nested and not core.on_own_thread()
+    hopeless = core.must_not_wait() or core.on_own_thread()
+    may_wait = timeout > 0 and core.options.when_full == "block" and not hopeless
     in_line = False
     try:
         while True:
+            here = core.here
             with core.lock:
                 if core.closed:
                     raise refuse_closed(core, need)
@@ -121,7 +129,9 @@ def _wait_for_places(core: Core, need: int, timeout: float, accept: Callable[[],
                 if core.intake.dead and len(core.outstanding) + need <= core.bound:
                     # The queue's own bound: the dead in it give up their places only when they are swept.
                     core.ring_supervisor()
-            token.take(left)
+            # In a child that a signal handler forked in between there is room, and nobody who would say so.
+            if core.here is here:
+                token.take(left)
     finally:
         # A wake-up that this thread cannot use any more is passed on.
         with core.lock:

@@ -152,8 +152,10 @@ class MicroBatcher(Generic[J, R]):
         after the acceptance; the job then runs without a handle.)
         """
         core = self._core
-        if not core.here[0]:
+        here = core.here
+        if not here[0]:
             core.check_process()
+            here = core.here
         if submit_timeout is not DEFAULT or delivery_timeout is not DEFAULT or priority or job_id is not None:
             if job_id is not None and isinstance(job_id, str):
                 # A string of a class of its own could raise from its hash, and in the middle of the acceptance.
@@ -171,6 +173,8 @@ class MicroBatcher(Generic[J, R]):
         if not core.ready:
             self._start(1)
         future = admit(core, record, submit_timeout, job_id)
+        if core.here is not here:
+            core.carry_on()
         if core.listeners.by_type and future is record.future:
             self._tell_submitted(job, future, priority)
         return future
@@ -191,6 +195,7 @@ class MicroBatcher(Generic[J, R]):
         """
         core = self._core
         core.check_process()
+        here = core.here
         self._check(None, priority, submit_timeout, delivery_timeout)
         payloads = list(jobs)
         records = [self._record(job, priority, delivery_timeout) for job in payloads]
@@ -200,6 +205,8 @@ class MicroBatcher(Generic[J, R]):
             self._start(len(records))
         admit_all(core, records, self._submit_timeout if submit_timeout is DEFAULT else submit_timeout)
         futures = [record.future for record in records]
+        if core.here is not here:
+            core.carry_on()
         if core.listeners.by_type:
             for payload, future in zip(payloads, futures, strict=True):
                 self._tell_submitted(payload, future, priority)
@@ -217,11 +224,13 @@ class MicroBatcher(Generic[J, R]):
         """Submit *job* and wait for its result, bounded by *delivery_timeout*; see `submit`.
 
         Raises:
-            RuntimeError: on the batcher's own threads, where it would wait for itself.
+            RuntimeError: on the batcher's own threads, where it would wait for itself, and in a signal handler or
+                finaliser that interrupted the batcher's own code on this thread; the job was not accepted then.
             Exception: whatever failed the job.
         """
         if self._core.on_own_thread():
             raise RuntimeError("execute() on a thread of its own batcher would wait for itself; use submit()")
+        self._core.refuse_below_itself("execute()")
         return self.submit(
             job,
             job_id=job_id,
@@ -303,7 +312,8 @@ class MicroBatcher(Generic[J, R]):
             False if *timeout* passed first.
 
         Raises:
-            RuntimeError: on the batcher's own threads, where it would wait for itself.
+            RuntimeError: on the batcher's own threads, where it would wait for itself, and in a signal handler or
+                finaliser that interrupted the batcher's own code on this thread.
         """
         if timeout is not None:
             seconds("timeout", timeout)
@@ -311,6 +321,7 @@ class MicroBatcher(Generic[J, R]):
         core.check_process()
         if core.on_own_thread():
             raise RuntimeError("flush() on a thread of its own batcher would wait for itself")
+        core.refuse_below_itself("flush()")
         return wait_for_all(core.flush_open_batch(), timeout)
 
     def shutdown(
@@ -318,8 +329,10 @@ class MicroBatcher(Generic[J, R]):
     ) -> ShutdownReport:
         """Stop accepting, process everything accepted before, retries included, and report.
 
-        Idempotent; the earliest of several timeouts wins. On the batcher's own threads (a callback, a listener)
-        it only begins the shutdown and returns an incomplete report at once.
+        Idempotent; the earliest of several timeouts wins. On the batcher's own threads (a callback, a listener), and
+        in a signal handler or finaliser that interrupted the batcher's own code on this thread, it only begins the
+        shutdown and returns an incomplete report at once (`finished` is false): call it again, or leave the rest to
+        the interpreter's exit.
 
         Args:
             wait: until every job has its outcome and the last event is out; False returns at once, and the
@@ -341,6 +354,9 @@ class MicroBatcher(Generic[J, R]):
             core.close(core.clock() + timeout)
         if cancel_futures:
             cancel_all(core)
+        if core.must_not_wait():
+            # What it interrupted goes on after this, and threads are there or on their way.
+            return self._report()
         if not wait or core.on_own_thread():
             finish_without_threads(core)
         else:

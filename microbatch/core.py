@@ -36,7 +36,7 @@ from .calling import Processor
 from .collector import NEVER, Intake
 from .errors import ForkedError, JobNotFound
 from .events import Listeners
-from .interpreter import Token, process_mark
+from .interpreter import Token, holds_condition, let_go, process_mark, take_all
 from .job import (
     COMPLETED,
     FAILED,
@@ -46,7 +46,9 @@ from .job import (
     JobFuture,
     JobStatus,
     Verdict,
+    births,
     renew_lock,
+    usable,
 )
 from .logs import Log
 from .options import Options
@@ -63,6 +65,9 @@ CANCELLED_VERDICT: Verdict = (CANCELLED, None, None)
 
 _FREE_SETBACKS = 3
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0  # seconds
+
+# Locks that listeners of the library's own take on a batcher's threads, and other threads in between.
+listeners_locks: list[Any] = []
 
 # Every core that may have something to drain at exit or to forget in a forked child.
 cores: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -106,14 +111,17 @@ class Core:
         # How a job gets its future, on the submitting thread. Tracing puts another one here, which keeps the origin.
         self.new_future: Callable[[Core], JobFuture[Any]] = JobFuture
         self._start = start
+        self.lock = threading.RLock()
+        # Never begun again: in a child an inherited future has its number, and so has a submit that goes on there.
+        self.sequence = itertools.count(1)
+        # By ident, of those who start threads: owned while they are at it.
+        self.starting: dict[int, Any] = {}
         self._reset()
         cores.add(self)
 
     def _reset(self) -> None:
         options = self.options
-        self.lock = threading.RLock()
         self.outstanding: dict[int, Job] = {}
-        self.sequence = itertools.count(1)
         self.pin()
         belongings = self.pinned
         # None in a forked child whose parent holds a future of a batcher that is forgotten.
@@ -290,7 +298,7 @@ class Core:
         job: Job | None = None
         try:
             with self.lock:
-                job = self._job_of(future, sequence)
+                job = self.outstanding.get(sequence)
                 if job is None or job.place != QUEUED or job.attempts:
                     return False
                 self.cancelling[ticket] = threading.get_ident()
@@ -298,6 +306,10 @@ class Core:
                 job.future._mark_cancelled()
                 self.buried()
                 self.after_ends()
+            if self.must_not_wait():
+                # Neither for the locks of a future, nor may callbacks run below the section that goes on later.
+                self.owe(job)
+                return True
             conclude(job)
             job.future._run_callbacks()
         except BaseException:
@@ -349,24 +361,42 @@ class Core:
             self.pin()
             if self.pinned is None:
                 return  # of a batcher that is forgotten: nobody can ask by the id
-            if self._job_of(future, sequence) is not None:
+            if sequence in self.outstanding:
                 self.registry.live[job_id] = future
             else:
                 self.registry.finish(job_id, future, self.clock())
                 self.rest()
 
-    def _job_of(self, future: JobFuture[Any], sequence: int) -> Job | None:
-        """Under the lock: the outstanding job of *future*. After a fork its number may be another job's."""
-        job = self.outstanding.get(sequence)
-        return job if job is not None and job.future is future else None
-
-    def before_wait(self, unbounded: bool) -> None:
+    def before_wait(self, timeout: float | None) -> None:
         self.check_process()
-        if unbounded and self.on_own_thread():
+        if timeout is None and self.on_own_thread():
             raise RuntimeError(
                 "result() of an unfinished job on a thread of its own batcher would wait for itself; "
                 "pass a timeout, or use add_done_callback"
             )
+        if timeout is None or timeout > 0:
+            self.refuse_below_itself("waiting for an unfinished job")
+
+    def refuse_below_itself(self, what: str) -> None:
+        """Raise where *what* can come to no end."""
+        if self.must_not_wait():
+            raise RuntimeError(
+                f"{what} in a signal handler or finaliser that interrupted this thread in the middle of the batcher's "
+                "own code would wait for itself: submit() there, and wait elsewhere"
+            )
+
+    def must_not_wait(self) -> bool:
+        """Whether this thread is below a moment of its own that the batcher's threads wait for: a signal handler or a
+        finaliser runs there. What it waits for could not happen before it returns.
+        """
+        starting = self.starting.get(threading.get_ident())
+        return (
+            self.lock._is_owned()  # type: ignore[attr-defined]
+            or births()._is_owned()
+            or (starting is not None and starting._is_owned())
+            or holds_condition()
+            or any(lock._is_owned() for lock in listeners_locks)
+        )
 
     def on_own_thread(self) -> bool:
         return threading.get_ident() in self.own
@@ -424,6 +454,10 @@ class Core:
         for worker in self.workers:
             jobs += worker.jobs
         renew_lock()
+        self.lock = usable(self.lock)
+        # This thread may be one of those who wait, and have forked in a signal handler.
+        for token in [*(token for _, token in self.blocked), *self.closers]:
+            token.put()
         for job in jobs:
             if not job.future.done():
                 error = ForkedError("this future was inherited through fork(); the parent process owns its job")
@@ -438,7 +472,23 @@ class Core:
 
     def start_threads(self) -> None:
         """Called before acceptance and outside every lock: a thread that cannot start means not accepted."""
-        self._start(self)
+        starting = self.starting.setdefault(threading.get_ident(), threading.RLock())
+        if starting._is_owned():
+            return  # by a signal handler: those that it interrupted are on their way
+        with starting:
+            self._start(self)
+
+    def carry_on(self) -> None:
+        """After an acceptance in the middle of which the process was forked: in the child there may be no thread yet,
+        and the job may lie in a queue of the parent's.
+        """
+        with self.lock:
+            if not self.outstanding:
+                return
+            self.intake.rebuild(lambda: list(self.outstanding.values()))
+            self.ring_worker()
+            self.ring_supervisor()
+        self.replace_dead()
 
     def threads_ready(self) -> None:
         """Under the lock, by a thread that has claimed its place."""
@@ -517,9 +567,29 @@ class DeathWatch:
 
 
 _fork_lock = threading.RLock()
+# What was locked for each fork that is under way: a signal handler may fork in the middle of one.
+_taken: list[list[Any]] = []
+
+
+def _before_fork() -> None:
+    # So that no lock is another thread's in the child: the forking thread may be a signal handler below a submit that
+    # is about to enter one, and goes on to enter this very one.
+    _taken.append(take_all([births(), *(core.lock for core in living_cores())]))
+
+
+def _after_fork_in_parent() -> None:
+    if _taken:
+        let_go(_taken.pop())
 
 
 def _after_fork_in_child() -> None:
+    try:
+        _forget_parent()
+    finally:
+        _after_fork_in_parent()
+
+
+def _forget_parent() -> None:
     global _fork_lock
     _fork_lock = threading.RLock()
     for core in list(cores):
@@ -531,4 +601,4 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -13,6 +13,8 @@ attributes and states of `Future` (see below),   a `Condition` nobody waits on i
 `clear` of a frame that is executed
 `MADV_WIPEONFORK` of Linux, by its number        a call of the system for the pid is a    `os.getpid`
                                                  tenth of a submit
+`_started` of a `Thread`, and what `threading`   a fork by a signal handler in the        what `Thread` has
+calls it with in a child, `_at_fork_reinit`      middle of a thread's start
 ===============================================  =======================================  ========================
 
 `tests/test_interpreter.py` fails on an interpreter that changes one of them.
@@ -26,9 +28,9 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from itertools import compress
+from itertools import compress, repeat
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,28 @@ def _is_over(call: FrameType) -> bool:
     return True
 
 
+# The conditions that a thread has locked, or is about to, by its ident; what an exception left there is not locked.
+_Mine = dict[object, tuple[Any, FrameType]]
+_Hold = tuple[FrameType, object, _Mine]
+_mine: dict[int, _Mine] = {}
+
+
+def holds_condition() -> bool:
+    """Whether this thread is below a moment in which it has locked the condition of a future."""
+    mine = _mine.get(threading.get_ident())
+    return bool(mine) and _holds_any(mine)  # type: ignore[arg-type]
+
+
+def _holds_any(mine: _Mine) -> bool:
+    held = False
+    for key, (condition, call) in list(mine.items()):
+        if condition._is_owned() and not condition._free_if_lost():
+            held = True
+        elif _is_over(call):
+            mine.pop(key, None)
+    return held
+
+
 # Who finds the condition locked looks after so many seconds whether it is still locked for somebody.
 _FIRST_ROUND, _ROUND = 0.001, 0.05
 _acquire, _exit = _RLock.acquire, _RLock.__exit__
@@ -124,20 +148,29 @@ else:
 
         def __init__(self) -> None:
             self._waiters: list[Any] = []
-            # The running call that it is locked for, once for each time; the object tells two of them apart.
-            self._holds: list[tuple[FrameType, object]] = []
+            # The running call that it is locked for, once for each time; the object tells two of them apart. And the
+            # conditions of the thread.
+            self._holds: list[_Hold] = []
 
         def acquire(self, blocking: bool = True) -> bool:
-            hold, holds = (_caller(sys._getframe(1)), object()), self._holds
+            mine = _mine.setdefault(threading.get_ident(), {})
+            hold, holds = (_caller(sys._getframe(1)), object(), mine), self._holds
+            # Before it is locked: a signal handler may want to know as soon as it is.
+            mine[hold[1]] = self, hold[0]
             # Locked and noted inside one call of C: no exception from outside gets in between.
             holds.extend(compress((hold,), map(_acquire, (self,), (False,))))
-            return hold in holds or self._acquire_slowly(hold, blocking)
+            if hold in holds or self._acquire_slowly(hold, blocking):
+                return True
+            del mine[hold[1]]
+            return False
 
         def release(self, *exc_info: object) -> None:
             if not self._is_owned():
                 raise RuntimeError("cannot release un-acquired lock")
+            _, key, mine = self._holds[-1]
             # Struck out and released likewise.
             deque(map(_exit, (self,), map(self._holds.pop, (-1,))), 0)
+            mine.pop(key, None)
 
         __enter__ = acquire
         __exit__ = release
@@ -147,7 +180,7 @@ else:
         notify = threading.Condition.notify
         notify_all = threading.Condition.notify_all
 
-        def _acquire_slowly(self, hold: tuple[FrameType, object], blocking: bool) -> bool:
+        def _acquire_slowly(self, hold: _Hold, blocking: bool) -> bool:
             holds, timeout = self._holds, _FIRST_ROUND if blocking else -1
             while True:
                 holds.extend(compress((hold,), map(_acquire, (self,), (blocking,), (timeout,))))
@@ -162,7 +195,7 @@ else:
 
         def _free_if_lost(self) -> bool:
             holds = self._holds[:]
-            if not holds or not all(_is_over(call) for call, _ in holds):
+            if not holds or not all(_is_over(call) for call, _, _ in holds):
                 return False
             try:
                 # Nothing can happen between the comparison and the release, so nobody else's hold is lost.
@@ -170,9 +203,26 @@ else:
                     self._release_save()
                     for hold in holds:
                         self._holds.remove(hold)
+                        hold[2].pop(hold[1], None)
             except RuntimeError:
                 pass  # Another thread has freed it.
             return True
+
+
+def free_in_child(condition: Any) -> Any:
+    """In a forked child: *condition*, free but for this thread; another one if it is None, or cannot be freed."""
+    if condition is None:
+        return FutureCondition()
+    if condition.acquire(False):
+        condition.release()
+        return condition
+    try:
+        # Held by a thread that does not exist here; this one may be waiting for it.
+        condition._release_save()
+        condition._holds.clear()
+    except (AttributeError, RuntimeError):
+        return FutureCondition()
+    return condition
 
 
 def _caller(frame: FrameType) -> FrameType:
@@ -289,13 +339,89 @@ class Token:
         return self._lock.acquire(timeout=max(seconds, 0.0))
 
 
+class WaitersBell(Bell):
+    """The `Event` of a call of `wait` or `as_completed`. Before it sleeps it asks those whose futures it waits for."""
+
+    __slots__ = ("before",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: list[Callable[[float | None], None]] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._rung:
+            for ask in self.before[:]:
+                ask(timeout)
+        return super().wait(timeout)
+
+
 class Waiters(list[Any]):
-    """The calls of `wait` and `as_completed` that wait for a future: each gets a `Bell` for its `Event`."""
+    """The calls of `wait` and `as_completed` that wait for a future: each gets a bell for its `Event`.
+
+    *before_wait* is asked before one of them sleeps, and may raise.
+    """
+
+    def __init__(self, before_wait: Callable[[float | None], None] | None = None) -> None:
+        super().__init__()
+        self._before_wait = before_wait
 
     def append(self, waiter: Any) -> None:
         if type(getattr(waiter, "event", None)) is threading.Event:
-            waiter.event = Bell()
+            waiter.event = WaitersBell()
+        before = getattr(getattr(waiter, "event", None), "before", None)
+        if before is not None and self._before_wait is not None and self._before_wait not in before:
+            before.append(self._before_wait)
         super().append(waiter)
+
+
+class Started(Bell):
+    """A thread's own `Event` that says it runs, in a place where a signal handler may fork.
+
+    In the child that thread does not exist, and who has started it must not wait for it for ever. `threading` renews
+    there the locks of every thread that it knows, also of those that are still to be started.
+    """
+
+    __slots__ = ("_runs",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._runs = False
+
+    def is_set(self) -> bool:
+        return self._runs
+
+    def set(self) -> None:
+        self._runs = True
+        super().set()
+
+    def _at_fork_reinit(self) -> None:
+        super().set()
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start it; neither an interruption nor a fork in the middle lets anything wait for ever."""
+    if type(getattr(thread, "_started", None)) is threading.Event and threading.Event.__module__ == "threading":
+        thread._started = Started()  # type: ignore[attr-defined]
+    thread.start()
+
+
+# Called before the locks of one process are looked at in another one: a lock that is waited for too long is another
+# thread's in the child, and given up there.
+_FORK_PATIENCE = 1.0
+_release = _RLock.release
+
+
+def take_all(locks: Iterable[Any]) -> list[Any]:
+    """Lock *locks*, RLocks all of them, before a fork; those that come free in time. For `let_go`."""
+    taken: list[Any] = []
+    for lock in locks:
+        # Taken and noted inside one call of C, as above.
+        taken.extend(compress((lock,), map(lock.acquire, (True,), (_FORK_PATIENCE,))))
+    return taken
+
+
+def let_go(taken: list[Any]) -> None:
+    deque(map(_release, map(taken.pop, repeat(-1, len(taken)))), 0)
 
 
 def call_before_threads_end(function: Callable[[], None]) -> None:

@@ -22,6 +22,7 @@ from .interpreter import (
     Bell,
     FutureCondition,
     Waiters,
+    free_in_child,
     future_is_known,
 )
 from .logs import Contained
@@ -100,7 +101,10 @@ class Owner(Protocol):
     def remember(self, future: JobFuture[Any], sequence: int) -> None:
         """Let `status(job_id)` find the future."""
 
-    def before_wait(self, unbounded: bool) -> None:
+    def check_process(self) -> None:
+        """Notice a fork."""
+
+    def before_wait(self, timeout: float | None) -> None:
         """Notice a fork; refuse a wait that would wait for itself."""
 
 
@@ -126,7 +130,7 @@ class _LateCondition:
         if future is None:
             return self
         condition: Any = FutureCondition()
-        waiters, state = Waiters(), future.__dict__
+        waiters, state = future._new_waiters(), future.__dict__
         # Who notifies the condition wakes those in `result` too.
         condition._waiters = state.setdefault("_bell", Bell()).sleepers
         with _births:
@@ -189,7 +193,7 @@ class JobFuture(Future[R]):
     def status(self) -> JobStatus:
         """The future's state in the library's words; a job that waits for a retry is still processing."""
         if not self.done() and self._owner is not None:
-            self._owner.before_wait(unbounded=False)
+            self._owner.check_process()
         if not self.done():
             return JobStatus.PROCESSING if self.running() else JobStatus.PENDING
         if self.cancelled():
@@ -231,7 +235,8 @@ class JobFuture(Future[R]):
         Raises:
             concurrent.futures.TimeoutError: *timeout* passed; the job goes on.
             concurrent.futures.CancelledError: the job was cancelled.
-            RuntimeError: without *timeout* on a thread of the batcher, which would wait for itself.
+            RuntimeError: without *timeout* on a thread of the batcher, which would wait for itself; or in a signal
+                handler or finaliser that interrupted the batcher's own code on this thread.
             Exception: whatever failed the job.
         """
         error = self.exception(timeout)
@@ -253,7 +258,7 @@ class JobFuture(Future[R]):
 
     def _wait(self, timeout: float | None) -> bool:
         if self._owner is not None:
-            self._owner.before_wait(unbounded=timeout is None)
+            self._owner.before_wait(timeout)
         # Hung up first, looked at second: whoever ends the future later finds it.
         bell = self.__dict__.setdefault("_bell", Bell())
         return self._state in _OVER or bell.wait(timeout) or self._state in _OVER
@@ -308,6 +313,9 @@ class JobFuture(Future[R]):
             raise interrupt
 
     _invoke_callbacks = _run_callbacks
+
+    def _new_waiters(self) -> Waiters:
+        return Waiters(self._owner.before_wait if self._owner is not None else None)
 
     def _ring(self) -> None:
         if self._bell is not None:
@@ -393,11 +401,23 @@ class JobFuture(Future[R]):
             waiter.add_result(self)
 
     def _orphan(self, error: BaseException) -> None:
-        """In a forked child: end an inherited future. Its locks may be held by threads that do not exist here."""
-        self.__dict__.update(_condition=FutureCondition(), _waiters=Waiters(), _done_callbacks={})
+        """In a forked child: end an inherited future. Its locks may be held by threads that do not exist here.
+
+        This thread may be inside `wait` with it, where a signal handler has forked: it finds the same condition and the
+        same list there, and is woken.
+        """
+        state = self.__dict__
+        waiters = state.setdefault("_waiters", self._new_waiters())
+        state.update(_condition=free_in_child(state.get("_condition")), _done_callbacks={})
         self._exception = error
         self._state = FINISHED
         self._ring()
+        for waiter in waiters[:]:
+            # Whoever is in there leaves the old one.
+            waiter.lock = threading.Lock()
+            if self not in waiter.finished_futures:
+                waiter.finished_futures.append(self)
+            waiter.event.set()
 
 
 def _start(jobs: list[Job]) -> None:
@@ -454,12 +474,26 @@ def _complete_one_by_one(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.verdict is not None]
 
 
+def births() -> Any:
+    """The lock that every future's end needs."""
+    return _births
+
+
 def renew_lock() -> None:
     """In a forked child, once: another thread may have held it."""
     global _births, _births_of
     if _births_of != os.getpid():
-        _births = threading.RLock()
+        _births = usable(_births)
         _births_of = os.getpid()
+
+
+def usable(lock: Any) -> Any:
+    """In a forked child: *lock*, or a new one if it is held by a thread that does not exist here."""
+    # The same one as long as that is possible: this thread may have it, or be about to enter it.
+    if lock.acquire(False):
+        lock.release()
+        return lock
+    return threading.RLock()
 
 
 def _take_and_call(callbacks: dict[object, Any], key: object, future: JobFuture[Any]) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from .collector import NEVER
 from .core import Core, DeathWatch, living_cores
-from .interpreter import Token, call_before_threads_end, in_multiprocessing_child
+from .interpreter import Token, call_before_threads_end, in_multiprocessing_child, start_thread
 from .job import Job
 from .logs import Log
 from .supervisor import CLOSE_SECONDS, finish, supervise
@@ -53,7 +53,7 @@ def start_threads(core: Core) -> None:
 
 def _start(core: Core, target: object, role: str) -> None:
     name = f"{core.options.name}-{role}"
-    threading.Thread(target=target, args=(core, DeathWatch(core)), name=name, daemon=True).start()  # type: ignore[arg-type]
+    start_thread(threading.Thread(target=target, args=(core, DeathWatch(core)), name=name, daemon=True))  # type: ignore[arg-type]
 
 
 def wait_for_all(jobs: list[Job], timeout: float | None) -> bool:
@@ -91,6 +91,8 @@ def wait_for_finish(core: Core, timeout: float | None) -> bool:
             # Nobody else may be left to see to it.
             core.replace_dead()
         token.take(left)
+        # In a child that a signal handler forked meanwhile there is no one else.
+        finish_without_threads(core)
     # Under the lock: whoever has completed the shutdown is out of there. The interpreter may stop that thread any
     # moment now, and a finaliser would wait for the lock for ever.
     with core.lock:

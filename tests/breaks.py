@@ -44,6 +44,111 @@ class Break:
 
 BREAKS = (
     Break(
+        "a wait below the batcher's own code waits",
+        "P5",
+        "core.py",
+        (
+            (
+                "        if self.must_not_wait():\n            raise RuntimeError(",
+                "        if False:\n            raise RuntimeError(",
+            ),
+        ),
+        ("test_handlers.py::test_P5_a_wait_below_the_batchers_own_code_is_refused_at_once",),
+    ),
+    Break(
+        "a handler's wait looks at the batcher's own lock alone",
+        "P5",
+        "core.py",
+        (("            or holds_condition()\n", ""), ("            or births()._is_owned()\n", "")),
+        ("test_handlers.py::test_P5_a_wait_below_the_batchers_own_code_is_refused_at_once",),
+        seconds=6,
+    ),
+    Break(
+        "a shutdown below the batcher's own code waits",
+        "P6",
+        "batcher.py",
+        (("        if core.must_not_wait():\n", "        if False:\n"),),
+        ("test_handlers.py::test_P6_a_shutdown_below_the_batchers_own_code_begins_and_does_not_wait",),
+        seconds=6,
+    ),
+    Break(
+        "a cancel below the batcher's own code calls callbacks there",
+        "P1",
+        "core.py",
+        (
+            (
+                "            if self.must_not_wait():\n                # Neither",
+                "            if False:\n                # Neither",
+            ),
+        ),
+        ("test_handlers.py::test_what_does_not_wait_goes_on_below_the_batchers_own_code",),
+    ),
+    Break(
+        "an acceptance overlooks what a handler has closed",
+        "P6",
+        "acceptance.py",
+        (("                if not core.closed:\n", "                if True:\n"),),
+        ("test_handlers.py::test_P6_what_a_handler_closes_in_the_middle_of_a_submit_accepts_nothing_more",),
+    ),
+    Break(
+        "a fork takes no locks",
+        "P7",
+        "core.py",
+        (("    _taken.append(take_all([births(), *(core.lock for core in living_cores())]))\n", "    pass\n"),),
+        ("test_handlers.py::test_P7_a_fork_between_the_look_at_the_lock_and_its_entering",),
+        seconds=10,
+    ),
+    Break(
+        "an acceptance that goes on in a child starts no threads",
+        "P7",
+        "core.py",
+        (
+            (
+                "            self.ring_supervisor()\n        self.replace_dead()\n",
+                "            self.ring_supervisor()\n",
+            ),
+        ),
+        ("test_handlers.py::test_P7_a_fork_in_the_middle_of_an_acceptance",),
+    ),
+    Break(
+        "a job that goes on in a child stays in the parent's queue",
+        "P7",
+        "core.py",
+        (
+            (
+                "self.intake.rebuild(lambda: list(self.outstanding.values()))\n            self.ring_worker()\n",
+                "self.ring_worker()\n",
+            ),
+        ),
+        ("test_handlers.py::test_P7_a_fork_in_the_middle_of_an_acceptance",),
+    ),
+    Break(
+        "a main thread that waits sleeps on in a child",
+        "P7",
+        "job.py",
+        (
+            (
+                "                waiter.finished_futures.append(self)\n            waiter.event.set()\n",
+                "                pass\n",
+            ),
+        ),
+        ("test_handlers.py::test_P7_a_main_thread_that_waits_when_its_handler_forks_is_woken_in_the_child",),
+        seconds=15,
+    ),
+    Break(
+        "the start of a thread is waited for in a child where there is none",
+        "P7",
+        "interpreter.py",
+        (
+            (
+                "    def _at_fork_reinit(self) -> None:\n        super().set()\n",
+                "    def _at_fork_reinit(self) -> None:\n        pass\n",
+            ),
+        ),
+        ("test_handlers.py::test_P7_a_child_that_a_signal_handler_forks_goes_on_with_what_it_was_at",),
+        seconds=15,
+    ),
+    Break(
         "a job that begins overwrites a future that is done",
         "P1",
         "job.py",
@@ -155,10 +260,15 @@ BREAKS = (
         seconds=30,
     ),
     Break(
-        "the number of a job of the parent is taken for a job of the child",
+        "a child counts its jobs from the beginning again",
         "P7",
         "core.py",
-        (("return job if job is not None and job.future is future else None", "return job"),),
+        (
+            (
+                "        self.outstanding: dict[int, Job] = {}\n",
+                "        self.outstanding: dict[int, Job] = {}\n        self.sequence = itertools.count(1)\n",
+            ),
+        ),
         ("test_batcher.py::test_P7_an_inherited_future_has_no_hold_on_the_jobs_of_the_child",),
     ),
     Break(
@@ -426,7 +536,7 @@ BREAKS = (
         "submit waits on the worker",
         "P6",
         "acceptance.py",
-        ((" and not nested and not core.on_own_thread()", ""),),
+        ((" and not hopeless", ""),),
         ("test_batcher.py::test_a_submit_on_a_worker_never_waits_for_it",),
         seconds=6,
     ),

@@ -169,7 +169,7 @@ def test_the_waiters_of_the_stdlib_have_what_is_taken_from_them() -> None:
         assert thread.is_alive()
     waiter = future._waiters[0]
 
-    assert type(waiter.event) is Bell
+    assert isinstance(waiter.event, Bell)
     assert waiter.finished_futures == []
     future.set_result(1)
     thread.join(20)
@@ -431,7 +431,7 @@ def test_waiters_change_the_event_once() -> None:
     bell = waiter.event
     second.append(waiter)
 
-    assert type(bell) is Bell
+    assert isinstance(bell, Bell)
     assert waiter.event is bell
     assert first == second == [waiter]
 

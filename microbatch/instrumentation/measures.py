@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from microbatch.batcher import MicroBatcher
-from microbatch.core import Core
+from microbatch.core import Core, listeners_locks
 from microbatch.events import BatchCompleted, BatcherShutDown, BatchFailed, JobCompleted, JobFailed
 from microbatch.foreign import is_unknown
 from microbatch.stats import TRIGGERS, Stats
@@ -110,6 +110,7 @@ ENDS = tuple((trigger, outcome) for trigger in TRIGGERS for outcome in BATCH_OUT
 # Held while a value is written: the tools guard their values with locks that know nothing of forks, and a child that
 # inherits one in another thread's hands would hang at its first value.
 writing = threading.RLock()
+listeners_locks.append(writing)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=writing.acquire, after_in_parent=writing.release, after_in_child=writing.release)
 
