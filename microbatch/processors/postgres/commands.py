@@ -12,6 +12,7 @@ from .catalogue import Column, Table, quoted
 from .conversions import recoded
 
 _ALIAS = b"microbatch_t"
+_JSON = ("pg_catalog.jsonb", "pg_catalog.json", 'pg_catalog."json"')  # a word of SQL since PostgreSQL 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,13 @@ class Target:
     on_conflict: bytes = b""
     overriding: bool = False
 
-    def json(self) -> frozenset[str]:
-        return frozenset(column.name for column in self.table.columns if column.is_json)
+    def json(self) -> dict[str, bool]:
+        """The columns of JSON, and whether they are arrays of it."""
+        return {
+            column.name: not column.is_json
+            for column in self.table.columns
+            if column.is_json or column.element in _JSON
+        }
 
     def back(self, alias: bytes = b"") -> list[bytes]:
         """What comes back of a row, as SQL."""

@@ -56,6 +56,10 @@ class PostgresProcessor:
     RETURNING that met nothing), a list of dicts where it returned several. Without RETURNING an UPDATE, DELETE or MERGE
     gives the number of its rows as an int, any other command None.
 
+    What a job gives for json, jsonb, an array or a domain of them is JSON, in every form: dict, list, tuple, bool,
+    numbers, dates and uuids too, on any level; a str is JSON text as it stands, None is NULL. `Json` and `Jsonb`,
+    psycopg's `set_json_dumps` and dumpers of your own win.
+
     A job that the database refuses fails alone, with psycopg's own error; the others are committed. When the
     answer to COMMIT is missing, the batch is looked up (`commit_guard`) and either completed or written anew.
 
@@ -123,7 +127,7 @@ class PostgresProcessor:
         """A processor that inserts jobs as rows of *table*, a batch in one statement: the bulk form.
 
         Every value is sent as text and read by the server as the column's type, as a literal in SQL would be: 1.5
-        for an integer column is an error and is not rounded. dicts and lists for json columns become JSON.
+        for an integer column is an error and is not rounded. For JSON see the constructor.
 
         Args:
             conninfo: as for the constructor.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -11,7 +11,7 @@ from psycopg.pq.abc import PGresult
 
 from .columns import at, said
 from .flight import Flight
-from .parameters import Job
+from .parameters import Job, Parameters
 from .translate import Bound, Reader, as_result, bind_jobs, count_of, placeholders
 
 
@@ -20,10 +20,16 @@ class StatementWay:
 
     in_order = True  # an UPDATE may leave to the next one what a CHECK then refuses
 
-    def __init__(self, connection: psycopg.Connection[Any], statement: Query, jobs: Sequence[Job]) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        statement: Query,
+        jobs: Sequence[Job],
+        applied: Callable[[Parameters], Parameters],
+    ) -> None:
         self._connection = connection
         self._statement = statement
-        bound = bind_jobs(connection, statement, jobs)
+        bound = bind_jobs(connection, statement, jobs, applied)
         self.refused: dict[int, Any] = {i: job for i, job in enumerate(bound) if isinstance(job, BaseException)}
         self._bound: list[Any] = bound  # a Bound where nothing was refused
         self._reader = Reader(connection)

@@ -21,7 +21,7 @@ from psycopg.pq.abc import PGresult
 from .columns import at
 from .conversions import context_of, encoding_of, named, sendable, text_of
 from .errors import is_jobs_own
-from .parameters import Job, parameters_of
+from .parameters import Job, Parameters, parameters_of
 
 try:
     from psycopg._queries import PostgresQuery
@@ -60,9 +60,15 @@ class Bound:
 
 
 def bind_jobs(
-    connection: psycopg.Connection[Any], statement: Query, jobs: Iterable[Job]
+    connection: psycopg.Connection[Any],
+    statement: Query,
+    jobs: Iterable[Job],
+    applied: Callable[[Parameters], Parameters] | None = None,
 ) -> list[Bound | BaseException]:
-    """Each job as *statement* with its values, or the error that says why it cannot be sent."""
+    """Each job as *statement* with its values, or the error that says why it cannot be sent.
+
+    *applied* gets the parameters of each job beforehand, and may change them.
+    """
     transformer = Transformer.from_context(context_of(connection))
     query = PostgresQuery(transformer)
     statement = sendable(statement, connection)
@@ -75,6 +81,8 @@ def bind_jobs(
     for job in jobs:
         try:
             parameters = parameters_of(job)
+            if applied is not None:
+                parameters = applied(parameters)
             try:
                 bind(statement, parameters)
             except TypeError as error:

@@ -14,10 +14,10 @@ import psycopg
 from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
-from psycopg.types.json import Jsonb
 
 from .columns import at
 from .conversions import context_of, named
+from .documents import Documents
 from .parameters import Job, parameters_of
 
 Row: TypeAlias = Sequence[Buffer | None]
@@ -33,14 +33,15 @@ _LENGTHS = tuple(map(_LENGTH.pack, range(1024)))
 
 
 class RowDumper:
-    """Turns jobs into rows for *columns*; those of *json* take dicts and lists as JSON."""
+    """Turns jobs into rows for *columns*; those of *json* are JSON, or an array of it."""
 
-    def __init__(self, connection: psycopg.Connection[Any], columns: Sequence[str], json: frozenset[str]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], columns: Sequence[str], json: Mapping[str, bool]) -> None:
         self._connection = connection
         self._transformer = Transformer.from_context(context_of(connection))
         self._columns = tuple(columns)
         self._formats = [PyFormat.TEXT] * len(columns)
-        self._json = [i for i, column in enumerate(columns) if column in json]
+        self._json = [(i, json[column]) for i, column in enumerate(columns) if column in json]
+        self._documents = Documents(connection.adapters)
 
     def row(self, job: Job) -> Row:
         """One text per column, None for NULL.
@@ -49,9 +50,12 @@ class RowDumper:
             Exception: the job lacks a column, or a value cannot be sent; whatever psycopg raises for it.
         """
         values = self._values(job)
-        for i in self._json:
-            if isinstance(values[i], (dict, list)):
-                values[i] = Jsonb(values[i])
+        for i, is_array in self._json:
+            try:
+                values[i] = self._documents.value(values[i], is_array)
+            except Exception as error:
+                at(error, self._columns[i])
+                raise
         try:
             return self._transformer.dump_sequence(values, self._formats)
         except UnicodeEncodeError as error:
@@ -70,7 +74,7 @@ class RowDumper:
 
     def _values(self, job: Job) -> list[Any]:
         parameters = job if type(job) is dict else parameters_of(job)
-        if isinstance(parameters, Mapping):
+        if isinstance(parameters, (dict, Mapping)):  # a dict is known sooner so
             try:
                 return [parameters[column] for column in self._columns]
             except KeyError as error:

@@ -28,6 +28,7 @@ from .statement import StatementWay
 from .tables import Form, KeyedWay, MergeWay, RowWay
 from .transaction import Attempt
 from .translate import columns_of, is_supported, once, placeholders
+from .typed import JsonParameters, Known
 
 _log = Log("microbatch.postgres")
 
@@ -38,6 +39,11 @@ _REREAD_SECONDS = 60.0
 _OUTDATED = frozenset(
     ("42703", "42704", "42883", "42P01", "42804", "428C9", "42P10", "0A000", "55000", "42501", "XX000")
 )
+
+# A parameter may be JSON, and its value was sent as what it is in Python; or it is JSON no more.
+_MISTYPED = frozenset(("42804", "42846", "42883"))
+_MISREAD = frozenset(("22P02",))
+_JSON = "json"  # in a session's memory: what is known of the parameters
 
 
 class Writer(Protocol):
@@ -77,13 +83,22 @@ class StatementWriter:
         columns_of(answer, session.encoding)
 
     def forget(self, session: Session) -> None:
-        """Ask for the tables of the statement again before the next batch."""
+        """Ask for the statement's tables, and for the types of its parameters, before the next batch."""
         session.memory.pop(self, None)
+        session.memory[self, _JSON] = None
 
     def attempt(self, session: Session, batch: Batch[Any], guards: Guards, again: bool = False) -> Attempt | Portable:
         if not is_supported(session.connection):
             return Portable(session, self._statement, batch, self._isolates)
-        way = StatementWay(session.connection, self._statement, batch)
+        known: Known | None = session.memory.get((self, _JSON))
+        if known is not None and not known.is_trusted():
+            known = None
+        parameters = JsonParameters(session, self._statement, known, at_once=(self, _JSON) in session.memory)
+        way = StatementWay(session.connection, self._statement, batch, parameters.applied)
+        if parameters.failure is not None:
+            raise parameters.failure
+        if parameters.has_asked:
+            session.memory[self, _JSON] = parameters.known
         is_known = self in session.memory
         attempt = Attempt(session, way, batch, guards.choose(session), self._isolates)
         lookout = self._lookout(session, way)
@@ -91,7 +106,12 @@ class StatementWriter:
             way.is_kept = False
         else:
             attempt.lookout = lookout
-        attempt.outdated_by = None if again else _OUTDATED if is_known else frozenset()
+        if again:
+            attempt.outdated_by = None
+        else:
+            attempt.outdated_by = _OUTDATED if is_known else frozenset()
+            if not parameters.has_asked:
+                attempt.outdated_by |= _MISTYPED if known is None or not known.kinds else _MISTYPED | _MISREAD
         return attempt
 
     def _lookout(self, session: Session, way: StatementWay) -> Lookout | None:
