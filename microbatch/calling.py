@@ -24,6 +24,8 @@ class Processor:
         self.close: Callable[[], object] | None = _method(given, "close")
         self.is_retryable: Callable[[BaseException], bool] | None = _method(given, "is_retryable")
         self.abandon: Callable[[Any], object] | None = _method(given, "abandon")
+        self.is_unavailable: Callable[[BaseException], object] | None = _method(given, "is_unavailable")
+        self.describe: Callable[[BaseException], object] | None = _method(given, "describe")
 
 
 def _method(given: Any, name: str) -> Any:

@@ -52,6 +52,7 @@ from .job import (
 )
 from .logs import Log
 from .options import Options
+from .outage import Complaints, Outage
 from .queues import MemoryQueue, store_factory
 from .registry import Registry
 from .returning import Returning
@@ -141,6 +142,8 @@ class Core:
         self.next_check: float = NEVER  # when it wakes by itself
         self.blocked: deque[tuple[int, Token]] = deque()  # submitters waiting for so many places
         self.returning = Returning()
+        self.outage = Outage()
+        self.complaints = Complaints()
         self.collecting = threading.Lock()  # held by the one worker that collects: the others follow
         self.workers: list[Any] = []
         self.supervisor: Any = None

@@ -18,6 +18,7 @@ from .foreign import is_unknown, type_name
 from .job import HANDED_OVER, QUEUED, TAKEN, UNKNOWN, WAITING, Job
 from .judge import Again, Answer, Outcome, Retried
 from .logs import Log
+from .outage import is_away, reason
 from .protocols import Batch
 from .telling import conclude, run_callbacks, tell_contained, tell_failed
 
@@ -52,7 +53,7 @@ class Flight:
         self._count_unheard(left, outcome)
         callers = sum(job.future._bell is not None and job.future._waiters is None for job in left)
         # After the futures, for a handler may block.
-        _report(batch, outcome, retried)
+        self._report(batch, outcome, retried)
         for job in left:
             run_callbacks(job.future)
         # A batch that the shutdown did not wait for is not told: there is nothing after the last event.
@@ -72,6 +73,38 @@ class Flight:
             if job.verdict is answer:
                 job.payload = None
 
+    def _report(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
+        """What an operator should know: never a line per job, and one each for the begin and the end of an outage."""
+        if outcome.back_after is not None:
+            line = "the processor answers again, after %.1f s; %d jobs waited"
+            _log.warning(line, outcome.back_after, outcome.waited)
+        if retried:
+            self._report_retry(batch, outcome, retried)
+        elif outcome.error is not None:
+            self._report_failure(batch, outcome.error)
+        if outcome.late:
+            line = "batch %s: %d results came after their jobs had an outcome; dropped"
+            _log.info(line, batch.id, outcome.late)
+
+    def _report_retry(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
+        if outcome.away and outcome.error is not None:
+            line = "the processor does not answer (%s); jobs are tried again until their deadlines"
+            _log.warning(line, reason(self.core.processor, outcome.error))
+        cause = "single jobs failed" if outcome.error is None else type_name(outcome.error)
+        line = "batch %s: %s; %d jobs are tried again in %.2f s"
+        _log.info(line, batch.id, cause, len(retried), retried[0][2])
+
+    def _report_failure(self, batch: Batch[Any], error: BaseException) -> None:
+        if is_unknown(error):
+            line = "batch %s: the outcome of its %d jobs is unknown (%s)"
+            _log.error(line, batch.id, len(batch), type_name(error))
+            return
+        why = reason(self.core.processor, error)
+        with self.core.lock:
+            is_due = self.core.complaints.is_due(why, self.core.clock())
+        if is_due:
+            _log.error("batch %s failed: %s (said once a minute)", batch.id, why)
+
     def _count_unheard(self, left: list[Job], outcome: Outcome) -> None:
         """Where the holder of a future has ended it, the answer is as late as one after a deadline."""
         unheard = [job for job in left if job.verdict is not None and not job.future._says(job.verdict)]
@@ -87,12 +120,18 @@ class Flight:
         core = self.core
         retried: list[Retried] = []
         # One delay for the whole batch: what failed together comes back together.
+        error = outcome.error
+        away = error is not None and self._comes_back(outcome) and is_away(core.processor, error)
         delay = core.options.retry.delay(batch.attempt) if core.options.retry is not None else 0.0
         groups = {} if outcome.error is None else self._groups(batch, outcome.answers)
         delays = {group.batch_id: self._delay(group) for group in groups.values()}
         with core.lock:
             now = outcome.ended = core.clock()
             self._count(outcome, now)
+            if away:
+                outcome.away = core.outage.begin(outcome.began)
+            else:
+                outcome.back_after, outcome.waited = core.outage.end(now), len(core.outstanding)
             if outcome.error is None and not outcome.alone:
                 outcome.late = core.complete_all(self.jobs, outcome.answers)
             else:
@@ -115,6 +154,10 @@ class Flight:
             outcome.backlog = len(core.outstanding) - len(core.intake.heap)
             core.after_ends()
         return retried
+
+    @staticmethod
+    def _comes_back(outcome: Outcome) -> bool:
+        return any(isinstance(answer, Again) for answer in outcome.answers)
 
     def _groups(self, batch: Batch[Any], answers: Sequence[Answer]) -> dict[str | None, Undecided]:
         """The batches that come back, by id; what is retried job by job is in none."""
@@ -240,18 +283,3 @@ class Flight:
     def _resolve(self, job: Job) -> None:
         conclude(job)
         run_callbacks(job.future)
-
-
-def _report(batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
-    """At most a line each for what an operator should know. Types only: an error's text may quote a row."""
-    if retried:
-        cause = "single jobs failed" if outcome.error is None else type_name(outcome.error)
-        delay = retried[0][2]
-        line = "batch %s: %s; %d jobs are tried again in %.2f s"
-        _log.warning(line, batch.id, cause, len(retried), delay)
-    elif outcome.error is not None and is_unknown(outcome.error):
-        line = "batch %s: the outcome of its %d jobs is unknown (%s)"
-        _log.error(line, batch.id, len(batch), type_name(outcome.error))
-    if outcome.late:
-        line = "batch %s: %d results came after their jobs had an outcome; dropped"
-        _log.warning(line, batch.id, outcome.late)

@@ -48,6 +48,9 @@ class Outcome:
     late: int = 0
     ended: float = 0.0
     backlog: int = 0
+    away: bool = False  # its error was no answer at all
+    back_after: float | None = None  # seconds of the outage that its answer ends
+    waited: int = 0  # the jobs that were outstanding then
 
 
 class Judge:

@@ -92,6 +92,11 @@ class BatchProcessor(Protocol[J_contra, R_co]):
     * `close()` runs once, on the last worker, after the last batch.
     * `is_retryable(exc) -> bool` says which failures are worth another attempt. Without it, and without
       `RetryPolicy(retry_on=…)`, nothing is retried.
+    * `is_unavailable(exc) -> bool` says whether a failure that is tried again was no answer at all (a link lost, a
+      server away): an outage gets one line in the log when it begins and one when it is over. Without it every such
+      failure of a whole batch counts.
+    * `describe(exc) -> str` is what the log may say of a failure: without values of jobs, and without secrets.
+      Without it the log names the exception's type.
     * `abandon(batch)` is called on the supervisor's thread when every job of a batch has passed its deadline
       while `process` still runs. It should make `process` return (close a socket, set a flag) and must not block.
     """

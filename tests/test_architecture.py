@@ -23,7 +23,7 @@ LEVELS = [
     "job events retry",
     "protocols",
     "queues registry returning stats calling",
-    "options collector judge telling belongings mapping",
+    "options collector judge telling belongings mapping outage",
     "core",
     "acceptance flight owed",
     "worker supervisor",

@@ -39,6 +39,11 @@ class BorrowedConnections:
         self._kind = kind
         self._lent: dict[int, int] = {}  # id() of a connection, to the thread that has it
 
+    @property
+    def where(self) -> str:
+        """Which server it is, is the user's business."""
+        return ""
+
     def __str__(self) -> str:
         return f"connections of {self._kind}"
 

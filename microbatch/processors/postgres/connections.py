@@ -30,6 +30,7 @@ class OwnConnections:
     """As many connections as there are batches in flight at once, kept for the next ones; *connect* makes one."""
 
     def __init__(self, connect: Connect) -> None:
+        self.where = ""  # the server of the latest connection, for the log
         self._connect = connect
         # By process id. Inherited ones stay here untouched: closing one would end the parent's session,
         # using one would mix the answers of two processes.
@@ -125,6 +126,8 @@ class OwnConnections:
             making = stock.resume() or Making(_steps(connect()))
             link = making.finish(give_up)
             if link is not None:
+                info = link.connection.info
+                self.where = f"host {info.host}, port {info.port}, database {info.dbname}"
                 return link
             stock.pause(making)
         except Exception as error:
@@ -135,7 +138,7 @@ class OwnConnections:
     def _discard(self, batch: Batch[Any], link: Link) -> None:
         defect = link.defect()
         link.close()
-        tell(logging.WARNING, "batch %s lost its connection (%s); the next one connects", batch.id, defect)
+        tell(logging.INFO, "batch %s lost its connection (%s); the next one connects", batch.id, defect)
 
 
 def _steps(connect: Steps[psycopg.Connection[Any]]) -> Steps[Link]:

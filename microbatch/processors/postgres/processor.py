@@ -15,6 +15,7 @@ from . import sqlstate
 from .columns import column_of
 from .errors import TableChanging, Undecided
 from .guard import Guards
+from .log import describe
 from .order import Order, Ordered
 from .parameters import Job
 from .plan import Plan
@@ -47,6 +48,9 @@ class Trial:
         if pending is not None:
             pending.order = self.order
         return pending
+
+
+_AWAY = (sqlstate.Kind.LINK, sqlstate.Kind.RESOURCES, sqlstate.Kind.READ_ONLY)
 
 
 class PostgresProcessor:
@@ -265,6 +269,14 @@ class PostgresProcessor:
         exception and in its text. Never a value.
         """
         return column_of(error)
+
+    def is_unavailable(self, error: BaseException) -> bool:
+        """Whether *error* says that the server gave no answer, or takes no writes: one line in the log per outage."""
+        return isinstance(error, Undecided) or sqlstate.kind_of(error) in _AWAY
+
+    def describe(self, error: BaseException) -> str:
+        """*error* on one line for the log: type, SQLSTATE, the text where it quotes no value, and which server."""
+        return describe(error, self._connections.where)
 
     def abandon(self, batch: Batch[Job]) -> None:
         """Free the thread in `process(batch)` by cutting its connection; from any thread, without blocking.

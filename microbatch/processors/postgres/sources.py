@@ -89,6 +89,11 @@ class CalledConnections:
     def __str__(self) -> str:
         return "connections of a callable"
 
+    @property
+    def where(self) -> str:
+        """The server of the latest connection of our own, for the log."""
+        return self._own.where
+
     @contextmanager
     def lend(self, batch: Batch[Any], *, fresh: bool = False) -> Iterator[Session]:
         """As those of `OwnConnections` and `BorrowedConnections`."""

@@ -27,7 +27,7 @@ from .errors import BatchRolledBack, CommitUnknown, Undecided
 from .flight import Flight, is_error
 from .guard import Guard, NoGuard, Token, read_token
 from .isolation import Isolated, by_chunks, one_by_one
-from .log import tell
+from .log import complain, tell
 from .lookout import Lookout, NoLookout, has_moved
 from .order import Ordered
 from .session import MARKER, Session
@@ -123,6 +123,7 @@ class Frame:
 
     def _last_word(self, error: Exception) -> Exception:
         """*error*, not to be tried again where it has been."""
+        complain(error)
         kind = kind_of(error)
         is_last = kind is Kind.STALE or (kind is Kind.LOCK and self._batch.attempt > _TOGETHER[kind])
         return finally_failed(error) if is_last and isinstance(error, psycopg.Error) else error
@@ -253,7 +254,7 @@ class Attempt(Frame):
             failed[i] = self._last_word(error)
         for first in isolated.errors.values():
             said = (self._batch.id, len(isolated.errors), len(self._batch), type(first).__name__, first.sqlstate)
-            tell(logging.WARNING, "batch %s: %d of %d jobs failed alone, the first with %s %s", *said)
+            tell(logging.INFO, "batch %s: %d of %d jobs failed alone, the first with %s %s", *said)
             break
         if not isolated.results:
             self._roll_back()
