@@ -79,7 +79,7 @@ def ask(error: Exception) -> Any:
 
 
 def payment_in_form() -> Payment:
-    """Checked here and not by the database: there, one bad row fails its whole batch."""
+    """Checked here, so that a mistake in a form is a 400; one that the database finds fails its own job alone."""
     try:
         user_id, amount = int(request.form["user_id"]), Decimal(request.form["amount"])
         fits = 0 < user_id < 2**31 and Decimal("0.01") <= amount <= Decimal("99999999.99")

@@ -135,6 +135,9 @@ class MicroBatcher(Generic[J, R]):
     ) -> JobFuture[R]:
         """Accept *job* and return its future at once; it waits only while the batcher is full.
 
+        **The job is read when its batch is made, and not here**: what is changed in between is processed as it is
+        then. Make a new object for each job, or submit a copy.
+
         Args:
             job_id: an id of your own. One that is pending, processing, completed or unknown in this process gives
                 the same future again; after failed or cancelled it is free.

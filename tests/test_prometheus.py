@@ -252,7 +252,7 @@ def test_a_batcher_that_nobody_instruments_tells_nothing() -> None:
 def test_without_prometheus_client_the_error_is_the_pip_command() -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; import microbatch.instrumentation.prometheus"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
-    assert 'MissingExtra: pip install "microbatch[prometheus]"' in done.stderr
+    assert 'MissingExtra: pip install "prometheus-client>=0.20"' in done.stderr
 
 
 # Several processes.

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -193,8 +194,19 @@ def test_the_page_on_testing_runs(uri: str) -> None:
     run_blocks(TESTING, uri, {"A queue or a processor of your own": check_contracts})
 
 
+def test_the_page_on_logging_runs(uri: str) -> None:
+    logger = logging.getLogger("microbatch")
+    level, handlers = logger.level, list(logger.handlers)
+    try:
+        run_blocks(ROOT / "docs" / "logging.rst", uri, {})
+        assert len(logger.handlers) == len(handlers) + 1
+    finally:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
 def test_every_page_with_code_is_run() -> None:
-    pages = ("transactions", "postgres", "metrics")
+    pages = ("transactions", "postgres", "metrics", "logging")
     covered = {README, TESTING, *(ROOT / "docs" / f"{page}.rst" for page in pages)}
 
     assert {path for path in DOCUMENTS if list(blocks(path, "python"))} == covered
@@ -337,6 +349,31 @@ def test_the_projects_own_variables_are_not_taken_for_options() -> None:
 def test_other_libraries_words_are_recognised_as_variables() -> None:
     with pytest.raises(ValueError, match="did you mean MICROBATCH_MAX_BATCH_SIZE"):
         options_from_env("MICROBATCH_", {"MICROBATCH_BATCH_SIZE": "10"})
+
+
+def test_what_is_to_be_installed_can_be() -> None:
+    """The package is installed from a clone, as the README says; everything else by a name that it requires itself."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE))
+    required = {re.split(r"[\[<>=]", name)[0] for name in re.findall(r'"([\w.-]+(?:\[\w+\])?[<>=][^"]*)"', project)}
+    sources = [*DOCUMENTS, *ROOT.glob("microbatch/**/*.py"), *ROOT.glob("examples/*.py"), ROOT / "Dockerfile"]
+    wrong, seen = [], 0
+    for path in sources:
+        # CONTRIBUTING has the one command that follows a release.
+        text = "" if path.name == "CONTRIBUTING.rst" else path.read_text("utf-8")
+        for command in re.findall(
+            r"pip install ((?:-\S+ )*(?:(?:'[^'\s]+'|\"[^\"\s]+\"|[\w.][\w.\[\],<>=-]*) ?)+)", text
+        ):
+            for word in shlex.split(command):
+                seen += not word.startswith("-")
+                name, _, named = word.rstrip("]").partition("[")
+                fits = (
+                    set(named.split(",")) <= extras | {""} if name == "." else re.split(r"[<>=]", name)[0] in required
+                )
+                if not fits and not word.startswith("-"):
+                    wrong.append((path.name, word))
+    assert wrong == []
+    assert seen > 10
 
 
 def test_the_figures_of_the_readme_are_those_of_the_report() -> None:

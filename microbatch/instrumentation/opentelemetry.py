@@ -34,7 +34,7 @@ from . import measures
 try:
     from opentelemetry import context, metrics, trace
 except ImportError as error:
-    raise MissingExtra('pip install "microbatch[opentelemetry]"') from error
+    raise MissingExtra('pip install "opentelemetry-api>=1.30"') from error
 
 # A collection asks for each number in turn: those that it asks for within so many seconds are of one snapshot.
 _TOGETHER = 0.05

@@ -30,7 +30,7 @@ try:
     from prometheus_client.multiprocess import MultiProcessCollector
     from prometheus_client.registry import Collector
 except ImportError as error:
-    raise MissingExtra('pip install "microbatch[prometheus]"') from error
+    raise MissingExtra('pip install "prometheus-client>=0.20"') from error
 
 PREFIX = "microbatch_"
 INTERVAL = 1.0  # seconds between two looks of the multi-process mode

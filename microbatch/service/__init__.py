@@ -8,7 +8,7 @@ try:
     import flask  # noqa: F401
     import prometheus_client  # noqa: F401
 except ImportError as error:
-    raise MissingExtra("pip install 'microbatch[service]'") from error
+    raise MissingExtra('pip install "flask>=3.0" "waitress>=3.0" "prometheus-client>=0.20"') from error
 
 from .app import create_app
 from .settings import ServiceError

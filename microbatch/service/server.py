@@ -31,7 +31,7 @@ try:
     from waitress import create_server  # type: ignore[import-untyped]
     from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
 except ImportError as error:
-    raise MissingExtra("pip install 'microbatch[service]'") from error
+    raise MissingExtra('pip install "flask>=3.0" "waitress>=3.0" "prometheus-client>=0.20"') from error
 
 _LAST_ANSWERS = 5.0  # seconds for requests that wait for nothing more
 _TICK = 0.02
