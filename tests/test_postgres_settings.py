@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 from databases import empty
 from psycopg.conninfo import make_conninfo
+from psycopg.types.range import Range
 
 from microbatch.processors.postgres import PostgresProcessor
 from microbatch.processors.postgres.transaction import Attempt
@@ -216,3 +218,87 @@ def test_a_type_of_the_same_name_elsewhere_is_not_taken(make: Make, control: psy
 
     assert [row["v"] for row in processor.process(a_batch([1, 2, 3000]))] == [1, 2, 3000]
     assert stored(control) == ["1", "2", "3000"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "-cstandard_conforming_strings=off -cescape_string_warning=off",
+        "-csearch_path=evil,public,pg_catalog",
+        "-cDateStyle=German -cIntervalStyle=sql_standard -cbytea_output=escape -carray_nulls=off",
+        "-cclient_encoding=latin1 -cTimeZone=Asia/Karachi -cextra_float_digits=-15",
+    ],
+)
+def test_a_table_is_looked_at_and_written_alike_under_every_setting(
+    make: Make, control: psycopg.Connection[Any], settings: str
+) -> None:
+    control.execute("DROP SCHEMA IF EXISTS evil CASCADE; CREATE SCHEMA evil")
+    for name in ("text", "oid", "regclass", "regtype", "int4", "int8", "numeric", "uuid", "name"):
+        control.execute(f"CREATE DOMAIN evil.{name} AS pg_catalog.text CHECK (VALUE = 'evil')".encode())
+    table(control, "code", "CREATE DOMAIN code AS varchar(9)")
+    control.execute(
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM 1; RETURN NULL; END$$;"
+        "CREATE TRIGGER t AFTER INSERT ON item FOR EACH ROW EXECUTE FUNCTION f()"
+    )
+    processor = make("auto", settings)
+    plain = make("auto")
+
+    assert [row["v"] for row in processor.process(a_batch(["a", None, "c"]))] == ["a", None, "c"]
+    plain.process(a_batch(["d"]))
+
+    assert processor.plan == plain.plan
+    assert stored(control) == ["a", None, "c", "d"]
+    control.execute("DROP SCHEMA evil CASCADE")
+
+
+# Instants
+
+NOON = dt.datetime(2026, 7, 1, 12, tzinfo=dt.timezone.utc)
+INSTANTS: dict[str, Any] = {
+    "timestamp": NOON,
+    "timestamp(0)": NOON.replace(month=12, microsecond=600_000),
+    "date": NOON.replace(hour=23),
+    "time": NOON,
+    "timestamptz": NOON,
+    "local": NOON,
+    "timestamp[]": [NOON, None, NOON.replace(month=12)],
+    "text": NOON.replace(tzinfo=None),
+}
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Karachi", "America/New_York"])
+@pytest.mark.parametrize("type", INSTANTS)
+@pytest.mark.usefixtures("together")
+def test_an_instant_is_the_same_as_in_any_statement(
+    make: Make, control: psycopg.Connection[Any], shared_database: str, way: str, type: str, zone: str
+) -> None:
+    table(control, type, "CREATE DOMAIN local AS timestamp(0)")
+    conninfo = make_conninfo(shared_database, options=f"-cTimeZone={zone}")
+    with psycopg.connect(conninfo, autocommit=True) as connection, connection.cursor() as cursor:
+        cursor.executemany("INSERT INTO item (v) VALUES (%s)", [(INSTANTS[type],)])
+    processor = make(way, f"-cTimeZone={zone}")
+
+    processor.process(a_batch([INSTANTS[type]] * 2))
+    processor.process(a_batch([INSTANTS[type]], "alone"))
+
+    texts = stored(control)
+    assert len(texts) == 4
+    assert len(set(texts)) == 1
+
+
+def test_P3_an_instant_that_has_no_local_time_fails_its_job_and_names_the_column(
+    make: Make, control: psycopg.Connection[Any], way: str
+) -> None:
+    table(control, "timestamp")
+    processor = make(way, "-cTimeZone=<ABC>-3:30")
+
+    first, error, last = processor.process(a_batch([NOON.replace(tzinfo=None), NOON, "2026-07-01 12:00"]))
+
+    assert isinstance(error, psycopg.DataError)
+    assert processor.column_of(error) == "v"
+    assert first["v"] == last["v"] == NOON.replace(tzinfo=None)
+    control.execute("DROP TABLE item")
+    table(control, "tsrange")
+    (error,) = make(way).process(a_batch([Range(NOON, None)]))
+    assert isinstance(error, psycopg.DataError)
+    assert stored(control) == []

@@ -93,7 +93,7 @@ LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
 WHERE c.oid = to_regclass($1)"""
 
 # As the server writes defaults down: a cast around one of them would show, the implicit one to integer does not.
-_NEXT_NUMBER = re.compile(r"(pg_catalog\.)?nextval\(E?'([^']|'')*'::regclass\)")
+_NEXT_NUMBER = re.compile(r"(pg_catalog\.)?nextval\(E?'([^']|'')*'::(pg_catalog\.)?regclass\)")
 _RANDOM_UUID = re.compile(r"(pg_catalog\.)?gen_random_uuid\(\)")
 _NUMBERS = ("integer", "bigint")  # not smallint: a few blocks would use it up
 

@@ -13,6 +13,7 @@ from .conversions import recoded
 
 _ALIAS = b"microbatch_t"
 _JSON = ("pg_catalog.jsonb", "pg_catalog.json", 'pg_catalog."json"')  # a word of SQL since PostgreSQL 16
+_WITHOUT_TIME_ZONE = frozenset(f"pg_catalog.{name}" for name in ("date", "time", "timestamp", "daterange", "tsrange"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class Target:
             for column in self.table.columns
             if column.is_json or column.element in _JSON
         }
+
+    def local(self) -> frozenset[str]:
+        """The columns of dates and times without a time zone, alone and in arrays and ranges."""
+        types = {column.name: (column.element or column.base).replace('"', "") for column in self.table.columns}
+        return frozenset(name for name, type_name in types.items() if type_name in _WITHOUT_TIME_ZONE)
 
     def back(self, alias: bytes = b"") -> list[bytes]:
         """What comes back of a row, as SQL."""

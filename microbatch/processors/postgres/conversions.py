@@ -7,8 +7,12 @@ the moment, and is made anew when they are others.
 from __future__ import annotations
 
 import binascii
+import re
 from dataclasses import dataclass
+from datetime import timezone, tzinfo
+from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
+from zoneinfo import ZoneInfo
 
 import psycopg
 from psycopg import pq
@@ -45,6 +49,21 @@ def encoding_of(connection: psycopg.Connection[Any]) -> str:
     return "utf-8" if encoding == _NO_ENCODING else encoding
 
 
+def zone_of(connection: psycopg.Connection[Any]) -> tzinfo | None:
+    """The session's time zone; None if Python does not know it."""
+    return _zone(connection.info.parameter_status("TimeZone") or "")
+
+
+@lru_cache
+def _zone(name: str) -> tzinfo | None:
+    if name.upper() in ("UTC", "ETC/UTC", "GMT"):  # where Python has no time zones, too
+        return timezone.utc
+    try:
+        return ZoneInfo(name)
+    except (KeyError, OSError, ValueError):
+        return None
+
+
 def text_of(data: bytes, encoding: str) -> str | bytes:
     """*data* as text, and as it is where it is none: in SQL_ASCII anything may be stored."""
     try:
@@ -60,6 +79,18 @@ def recoded(sql: bytes, connection: psycopg.Connection[Any]) -> bytes:
         return sql if encoding == "utf-8" else sql.decode().encode(encoding)
     except UnicodeEncodeError as error:
         raise named(error, connection) from None
+
+
+@lru_cache
+def settled(sql: str) -> str:
+    """A question of our own, such that no setting reads it otherwise: its backslashes, and the types it names."""
+    sql = re.sub(r"--.*", "", sql)
+    sql = re.sub(r"'[^']*'", lambda found: _escaped(found[0]), sql)
+    return re.sub(r"::(text|oid|reg\w+|int[248]|uuid|xid8?|timestamptz)\b", r"::pg_catalog.\1", sql)
+
+
+def _escaped(literal: str) -> str:
+    return "E" + literal.replace("\\", "\\\\") if "\\" in literal else literal
 
 
 def sendable(statement: Query, connection: psycopg.Connection[Any]) -> Query:

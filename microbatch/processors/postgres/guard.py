@@ -24,6 +24,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from . import elsewhere
+from .conversions import settled
 from .errors import CommitUnknown, Undecided
 from .flight import Flight, is_error
 from .log import tell
@@ -37,7 +38,7 @@ DDL = f"""CREATE TABLE IF NOT EXISTS {LEDGER} (
 )"""
 
 # Always with the schema that the first attempt found it in: another one's ledger would say "nothing".
-_UPSERT = (
+_UPSERT = settled(
     "INSERT INTO {} AS l (lane, batch) VALUES ($1::uuid, $2::bigint) ON CONFLICT (lane)"
     " DO UPDATE SET batch = excluded.batch, at = excluded.at WHERE l.batch < excluded.batch"
 )

@@ -41,12 +41,12 @@ from .translate import Reader
 _END = (
     b"SELECT pg_terminate_backend(pid, 500) FROM pg_stat_activity WHERE pid = $1::int AND pid <> pg_backend_pid()"
     # Of another role's process it is not told when it began.
-    b" AND coalesce(extract(epoch FROM backend_start)::text = $2, true)"
+    b" AND coalesce(extract(epoch FROM backend_start)::pg_catalog.text = $2, true)"
 )
 # Behind a pooler nobody knows whose process it was: any that began before, and is at a command of a batch of the table.
 _STILL_OPEN = (
     b"SELECT false FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    b" AND state <> 'idle' AND xact_start < $2::timestamptz AND (starts_with(query, $1)"
+    b" AND state <> 'idle' AND xact_start < $2::pg_catalog.timestamptz AND (starts_with(query, $1)"
     b" OR query IN ('COMMIT', 'SET CONSTRAINTS ALL IMMEDIATE') OR starts_with(query, 'SELECT set_config')) LIMIT 1"
 )
 _NOW = b"SELECT clock_timestamp()"

@@ -114,7 +114,11 @@ def _query(values: str, columns: Sequence[Column]) -> bytes:
 
 def _expression(column: Column) -> str:
     # By number: an identity has no default, and a name may be another's by now.
-    return f"nextval({column.sequences[0]}::oid::regclass)" if column.sequences else str(column.default)
+    return (
+        f"nextval({column.sequences[0]}::pg_catalog.oid::pg_catalog.regclass)"
+        if column.sequences
+        else str(column.default)
+    )
 
 
 def _room(sequence: int) -> str:

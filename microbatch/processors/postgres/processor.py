@@ -131,7 +131,8 @@ class PostgresProcessor:
         """A processor that inserts jobs as rows of *table*, a batch in one statement: the bulk form.
 
         Every value is sent as text and read by the server as the column's type, as a literal in SQL would be: 1.5
-        for an integer column is an error and is not rounded. For JSON see the constructor.
+        for an integer column is an error and is not rounded. For JSON see the constructor. A datetime with a time zone
+        becomes the session's local time where the column has none.
 
         Args:
             conninfo: as for the constructor.

@@ -14,7 +14,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from .connecting import Steps, Wait
-from .conversions import encoding_of, recoded
+from .conversions import encoding_of, recoded, settled
 from .flight import Flight, Prepared, is_error
 
 LEDGER = "microbatch_ledger"
@@ -29,24 +29,25 @@ _REST = 5.0  # seconds for the rest of an answer that has begun to come
 _LONGEST = 2**31 - 1 - 60_000
 
 # The life of a history of transactions: a crash changes the third part, a failover the second.
-MARKER = """
+MARKER = settled("""
     (SELECT system_identifier FROM pg_control_system()) || '/' ||
     CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END || '/' ||
-    (SELECT coalesce(extract(epoch FROM stats_reset)::text, '') FROM pg_stat_wal)"""
+    (SELECT coalesce(extract(epoch FROM stats_reset)::text, '') FROM pg_stat_wal)""")
 
 # Whether table c takes what the guard writes: a user's own table may have the name, or one of another version.
 _IS_LEDGER = """(
     c.relkind IN ('r', 'p') AND NOT row_security_active(c.oid)
     AND 3 = (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped
         AND a.attgenerated = '' AND a.attidentity = '' AND (a.attname, a.atttypid) IN (
-            ('lane', 'uuid'::regtype), ('batch', 'bigint'::regtype), ('at', 'timestamptz'::regtype)))
+            ('lane', 'pg_catalog.uuid'::regtype), ('batch', 'pg_catalog.int8'::regtype),
+            ('at', 'pg_catalog.timestamptz'::regtype)))
     AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND a.attname NOT IN ('lane', 'batch'))
     AND EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'lane'
         WHERE i.indrelid = c.oid AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
         AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum))"""
 
-_FACTS = f"""
+_FACTS = settled(f"""
     SELECT pg_backend_pid(), current_setting('server_version_num'),
         (SELECT setting FROM pg_settings WHERE name = 'statement_timeout'),
         (SELECT setting FROM pg_settings WHERE name = 'lock_timeout'),
@@ -57,7 +58,7 @@ _FACTS = f"""
         SELECT format('%I.%I', n.nspname, c.relname) AS name, {_IS_LEDGER} AS is_ledger
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.oid = to_regclass('{LEDGER}') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')) AS l ON true"""
+            AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')) AS l ON true""")
 
 
 _IN_DIGITS = (
@@ -137,7 +138,7 @@ class Session:
         """The answer to one command, in UTF-8 here, in a flight of its own. Raises the server's error."""
         encoded = [None if value is None else recoded(value.encode(), self.connection) for value in parameters]
         flight = self.flight(keep=False)
-        flight.run(recoded(command, self.connection), encoded)
+        flight.run(recoded(settled(command.decode()).encode(), self.connection), encoded)
         flight.sync()
         answer = flight.land()[0][-1]
         if is_error(answer):

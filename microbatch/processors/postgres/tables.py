@@ -33,7 +33,7 @@ class Form:
     def __init__(self, connection: psycopg.Connection[Any], target: Target, drawn: tuple[str, ...] = ()) -> None:
         self.target = target
         self.drawn = drawn
-        self.dumper = RowDumper(connection, target.columns, target.json())
+        self.dumper = RowDumper(connection, target.columns, target.json(), target.local())
         self.reader = Reader(connection)
         self.insert = recoded(insert_row(target), connection)
         self.merge = recoded(merge(target), connection)

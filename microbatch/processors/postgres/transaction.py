@@ -41,7 +41,7 @@ _LIMITS = (
     "set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true),"
     " set_config('idle_in_transaction_session_timeout', $3, true)"
 )
-_IDENTITY = "pg_current_xact_id()::text, pg_backend_pid()::text"
+_IDENTITY = "pg_current_xact_id()::pg_catalog.text, pg_backend_pid()::pg_catalog.text"
 _IDLE_GRACE = 1000  # milliseconds
 _MESSAGE = 2**30 - 2**16  # bytes of values in one message; a server that is sent more hangs up
 _TOO_LARGE = "the job's values are %d bytes as text, and the server takes no message of 1 GB: write them in parts"

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, tzinfo
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
+from psycopg.types.range import Range
 
 from .columns import at
-from .conversions import context_of, named
+from .conversions import context_of, named, zone_of
 from .documents import Documents
 from .parameters import Job, parameters_of
 
@@ -33,13 +35,24 @@ _LENGTHS = tuple(map(_LENGTH.pack, range(1024)))
 
 
 class RowDumper:
-    """Turns jobs into rows for *columns*; those of *json* are JSON, or an array of it."""
+    """Turns jobs into rows for *columns*.
 
-    def __init__(self, connection: psycopg.Connection[Any], columns: Sequence[str], json: Mapping[str, bool]) -> None:
+    Those of *json* are JSON, or an array of it; those of *local* have no time zone.
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        columns: Sequence[str],
+        json: Mapping[str, bool],
+        local: frozenset[str] = frozenset(),
+    ) -> None:
         self._connection = connection
         self._transformer = Transformer.from_context(context_of(connection))
         self._columns = tuple(columns)
         self._formats = [PyFormat.TEXT] * len(columns)
+        self._local = [i for i, column in enumerate(columns) if column in local]
+        self._zone = zone_of(connection)
         self._json = [(i, json[column]) for i, column in enumerate(columns) if column in json]
         self._documents = Documents(connection.adapters)
 
@@ -50,12 +63,14 @@ class RowDumper:
             Exception: the job lacks a column, or a value cannot be sent; whatever psycopg raises for it.
         """
         values = self._values(job)
-        for i, is_array in self._json:
-            try:
+        try:
+            for i, is_array in self._json:
                 values[i] = self._documents.value(values[i], is_array)
-            except Exception as error:
-                at(error, self._columns[i])
-                raise
+            for i in self._local:
+                values[i] = _local(values[i], self._zone)
+        except Exception as error:
+            at(error, self._columns[i])
+            raise
         try:
             return self._transformer.dump_sequence(values, self._formats)
         except UnicodeEncodeError as error:
@@ -109,6 +124,23 @@ def arrays(columns: Iterable[Sequence[Buffer | None]]) -> Arrays | None:
 def is_too_large(size: int) -> bool:
     """Whether one command should not carry so many bytes of values."""
     return size > _LARGEST
+
+
+def _local(value: Any, zone: tzinfo | None) -> Any:
+    """*value* without a time zone, which the column's type would pass over, and the instant be another one."""
+    if isinstance(value, list):
+        return [_local(item, zone) for item in value]
+    if isinstance(value, Range) and any(map(_is_instant, (value.lower, value.upper))):
+        raise psycopg.DataError("a range of times with a time zone does not go into a range without; give naive ones")
+    if not _is_instant(value):
+        return value
+    if zone is None:
+        raise psycopg.DataError("Python does not know the session's time zone: give the time without one, or as text")
+    return value.astimezone(zone).replace(tzinfo=None)
+
+
+def _is_instant(value: Any) -> bool:
+    return isinstance(value, datetime) and value.utcoffset() is not None
 
 
 def array(texts: Sequence[Buffer | None]) -> tuple[bytes, Format]:
