@@ -220,6 +220,19 @@ def test_P4_nor_in_a_transaction_that_alters_the_table_itself(shop: Shop, way: s
                 assert [a == b for a, b in found.fetchmany(size)] == [True] * size
 
 
+def test_P4_nor_with_one_that_takes_json_since_then(shop: Shop) -> None:
+    shop.run("CREATE TABLE ITEM (id bigserial PRIMARY KEY, v int)")
+    with shop.lent() as connection:
+        processor = shop.processor("statement", ["id"], lambda: contextlib.nullcontext(connection))
+        write(processor, 1)
+        with connection.transaction():
+            connection.execute(f"ALTER TABLE {shop.table} ALTER v TYPE text".encode())
+            write(processor, "[2]")
+            connection.execute(f"ALTER TABLE {shop.table} ALTER v TYPE jsonb USING v::jsonb".encode())
+            write(processor, [3], {"a": 4})
+    assert shop.rows() == ["1", "[2]", "[3]", '{"a": 4}']
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1, 3])
 def test_P4_a_change_that_a_batch_waits_for_is_seen_by_it(shop: Shop, way: str, size: int) -> None:
