@@ -1113,6 +1113,18 @@ BREAKS = (
         ("test_postgres_json.py::test_a_value_alone_is_the_same_json",),
     ),
     Break(
+        "an empty mapping is taken for an empty sequence",
+        "P3",
+        "processors/postgres/parameters.py",
+        (
+            (
+                "    return parameters if parameters or not isinstance(parameters, Mapping) else _NOTHING",
+                "    return parameters",
+            ),
+        ),
+        ("test_jobs_with_names.py::test_a_job_with_no_names_at_all_fails_alone",),
+    ),
+    Break(
         "only an Exception of a job's own fails it alone",
         "P3",
         "processors/postgres/errors.py",

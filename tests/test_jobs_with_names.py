@@ -202,6 +202,28 @@ def test_placeholders_without_names_take_no_job_with_names(database: str, kind: 
     assert "write %(name)s in the statement" in str(bad)
 
 
+@pytest.mark.parametrize("nothing", [{}, namedtuple("Nothing", [])(), dataclasses.make_dataclass("Empty", [])()])
+@pytest.mark.parametrize("statement", [INSERT, BY_POSITION])
+@pytest.mark.parametrize("way", ["flights", "portable"])
+def test_a_job_with_no_names_at_all_fails_alone(
+    database: str, nothing: Any, statement: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "portable":
+        monkeypatch.setattr(writer, "is_supported", lambda connection: False)
+    job = {"n": "7", "label": "seven"} if statement == INSERT else ("7", "seven")
+
+    with contextlib.closing(PostgresProcessor(database, statement)) as processor:
+        good, bad, last = written(processor, [job, nothing, job])
+
+    assert good == last == {"n": "7", "label": "seven"}
+    assert isinstance(bad, psycopg.ProgrammingError if statement == INSERT else TypeError)
+
+
+def test_a_job_without_values_suits_a_statement_without_placeholders(database: str) -> None:
+    with contextlib.closing(PostgresProcessor(database, "SELECT 1 AS one")) as processor:
+        assert written(processor, [{}, (), []]) == [{"one": 1}] * 3
+
+
 def test_a_tuple_and_a_list_go_by_position(database: str) -> None:
     with contextlib.closing(PostgresProcessor(database, BY_POSITION)) as processor:
         assert written(processor, [("7", "seven"), ["8", "eight"]]) == [

@@ -129,6 +129,21 @@ def test_a_job_without_a_column_names_it(processor: PostgresProcessor) -> None:
 
 
 @pytest.mark.database
+def test_what_a_job_raises_itself_keeps_its_words(database: str) -> None:
+    class Lazy(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            if name == "amount":
+                raise ValueError("its own words")
+            return super().__getitem__(name)
+
+    with contextlib.closing(PostgresProcessor(database, statement())) as processor:
+        (error,) = processor.process(Batch([Lazy(GOOD)], id="1"))
+
+    assert str(error) == "its own words"
+    assert processor.column_of(error) == "amount"
+
+
+@pytest.mark.database
 def test_where_nothing_tells_it_no_column_is_named(processor: PostgresProcessor) -> None:
     """A constraint on two columns, and what is no column's fault."""
     (error,) = processor.process(Batch([GOOD | {"n": 5, "far": 4}], id="1"))

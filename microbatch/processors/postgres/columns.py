@@ -11,6 +11,7 @@ import psycopg
 from psycopg.abc import Buffer
 
 from .catalogue import Column, Table
+from .errors import went_through_the_job
 
 Error = TypeVar("Error", bound=BaseException)
 
@@ -65,6 +66,8 @@ def renamed(error: BaseException, column: str) -> None:
 
 
 def _say(error: BaseException, column: str, remedy: str) -> None:
+    if not isinstance(error, psycopg.Error) and went_through_the_job(error):
+        return  # the job's own words
     if isinstance(error, UnicodeError):
         if isinstance(error, (UnicodeEncodeError, UnicodeDecodeError)):
             error.reason = f"{error.reason} (column {column})"

@@ -63,6 +63,11 @@ def is_jobs_own(error: BaseException) -> bool:
         return True
     if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
         return False
+    return went_through_the_job(error)
+
+
+def went_through_the_job(error: BaseException) -> bool:
+    """Whether code that is neither ours nor psycopg's or Python's stands behind *error*."""
     trace = error.__traceback__
     while trace is not None:
         if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 
@@ -20,6 +20,25 @@ _TEXT = (str, bytes, bytearray, memoryview)
 _AS_THEY_ARE = frozenset((dict, list, tuple))
 
 
+class _Nothing(Mapping[str, Any]):
+    """No names at all, and true: an empty mapping would be taken for an empty sequence by psycopg."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        return True
+
+
+_NOTHING = _Nothing()
+
+
 def parameters_of(job: Job) -> Parameters:
     """A mapping for a job that has names, else the sequence that it is.
 
@@ -27,6 +46,11 @@ def parameters_of(job: Job) -> Parameters:
         TypeError: it is neither.
         ValueError: two of its names are the same.
     """
+    parameters = _parameters_of(job)
+    return parameters if parameters or not isinstance(parameters, Mapping) else _NOTHING
+
+
+def _parameters_of(job: Job) -> Parameters:
     if type(job) in _AS_THEY_ARE or isinstance(job, Mapping):
         return job  # type: ignore[return-value]
     named = _by_name(job)

@@ -197,7 +197,7 @@ def _parameters(job: Job) -> Any:
     try:
         parameters = parameters_of(job)
         is_lazy = isinstance(parameters, Mapping) and not isinstance(parameters, dict)
-        return dict(parameters) if is_lazy else parameters
+        return dict(parameters) or parameters if is_lazy else parameters
     except BaseException as error:
         if not is_jobs_own(error):
             raise

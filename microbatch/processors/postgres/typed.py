@@ -94,9 +94,9 @@ class JsonParameters:
         return self._made
 
     def _read(self, lazy: Mapping[str, Any]) -> Mapping[str, Any]:
-        # Once: it may be a stranger's code.
+        # Once: it may be the user's own code.
         try:
-            return {name: lazy[name] for name in self._placeholders()[1]}
+            return {name: lazy[name] for name in self._placeholders()[1]} or lazy
         except KeyError:
             return lazy  # it lacks one, which the binding tells
 
