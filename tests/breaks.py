@@ -616,6 +616,14 @@ BREAKS = (
         40,
     ),
     Break(
+        "a job that is alone by now is given up like a batch is split",
+        "P4",
+        "processors/postgres/splitting.py",
+        (("may = _ALONE if not self._splits(batch) else ", "may = "),),
+        ("test_postgres_splitting.py::test_P4_a_job_that_is_alone_since_the_others_ended_is_as_patient_as_any",),
+        40,
+    ),
+    Break(
         "a crash of another process is held against a job",
         "P4",
         "processors/postgres/splitting.py",

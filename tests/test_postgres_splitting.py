@@ -21,6 +21,7 @@ from psycopg_pool import ConnectionPool
 from microbatch import JobFuture, MicroBatcher, RetryPolicy
 from microbatch.embedded import EmbeddedPostgres
 from microbatch.processors.postgres import PostgresProcessor, splitting
+from microbatch.protocols import Batch
 
 pytestmark = [pytest.mark.database, pytest.mark.timeout(120)]
 
@@ -245,6 +246,21 @@ def crash_another(conninfo: str) -> None:
         os.kill(connection.info.backend_pid, signal.SIGKILL)
         with contextlib.suppress(psycopg.OperationalError):
             connection.execute("SELECT pg_sleep(10)")
+
+
+@pytest.mark.parametrize("name", ["merge", "one by one", "statement"])
+def test_P4_a_job_that_is_alone_since_the_others_ended_is_as_patient_as_any(database: str, name: str) -> None:
+    with Proxy(database) as proxy:
+        processor = WAYS[name](proxy.conninfo)
+        for attempt, jobs in enumerate(([(1,), (2,)], [(1,)], [(1,)]), 1):
+            proxy.plan = Once(mentions("SET CONSTRAINTS"), Harm.CUT)
+            with pytest.raises(psycopg.OperationalError) as caught:
+                processor.process(Batch(jobs, id="b1", attempt=attempt))
+            assert processor.is_retryable(caught.value)
+        proxy.plan = None
+        assert processor.process(Batch([(1,)], id="b1", attempt=4))[0]["n"] == 1
+        processor.close()
+    assert rows(database) == Counter([1])
 
 
 # At every moment of a batch that is split.

@@ -56,9 +56,9 @@ _STARTED = b"SELECT extract(epoch FROM pg_postmaster_start_time())::text"
 
 @dataclass(slots=True)
 class Suspect:
-    """A batch that broke a link: how many breaks it *may* have, those that count by place, the latest error."""
+    """A batch that broke a link: its latest error, and the breaks that count, by place."""
 
-    may: int
+    is_part: bool
     error: psycopg.Error
     places: Counter[object] = field(default_factory=Counter)
     latest: object = None
@@ -73,8 +73,9 @@ class Suspect:
         """The latest break was not its doing."""
         self.places[self.latest] -= 1
 
-    def is_due(self) -> bool:
-        return max(self.places.values(), default=0) >= self.may
+    def most(self) -> int:
+        """The breaks at one place."""
+        return max(self.places.values(), default=0)
 
 
 class Watch:
@@ -154,7 +155,7 @@ class Suspects:
     def sentence(self, batch: Batch[Any], watch: Watch) -> None:
         """For a batch that is known to have left nothing: raises what it comes to, if it has no break left."""
         suspect = watch.suspect
-        if suspect is None or not suspect.is_due():
+        if suspect is None or not self._is_due(batch, suspect):
             return
         watch.is_over = True
         error = copy.copy(suspect.error)
@@ -174,7 +175,7 @@ class Suspects:
         if cause is not None:
             self._count(batch, watch, cause)
             suspect = self._known.get(batch.id)
-            if suspect is not None and suspect.is_due() and error is cause and self._splits(batch):
+            if suspect is not None and error is cause and self._splits(batch) and self._is_due(batch, suspect):
                 self._split(batch, cause)
                 return
         elif watch.has_begun and not isinstance(error, CommitUnknown):
@@ -188,7 +189,7 @@ class Suspects:
         if suspect is None:
             if isinstance(cause, ServerSilent):
                 return
-            suspect = Suspect(_TOGETHER if splits else _ALONE, cause)
+            suspect = Suspect(False, cause)
             if splits:
                 # The link may have been dead already, which is no job's fault; to split because of it does no harm.
                 suspect.count(None)
@@ -199,14 +200,19 @@ class Suspects:
         if watch.is_counted(cause, is_last=not splits):
             suspect.count(None if splits else watch.place())
 
+    def _is_due(self, batch: Batch[Any], suspect: Suspect) -> bool:
+        # By the jobs that are left: those that ended meanwhile do not come back, and one may be alone by now.
+        may = _ALONE if not self._splits(batch) else _IN_PART if suspect.is_part else _TOGETHER
+        return suspect.most() >= may
+
     def _splits(self, batch: Batch[Any]) -> bool:
         return self._isolates and len(batch) > 1
 
     def _split(self, batch: Batch[Any], cause: psycopg.Error) -> None:
         half = len(batch) // 2
         parts = [(f"{batch.id}.1", half), (f"{batch.id}.2", len(batch) - half)]
-        for batch_id, size in parts:
-            self._remember(batch_id, Suspect(_IN_PART if size > 1 else _ALONE, cause))
+        for batch_id, _ in parts:
+            self._remember(batch_id, Suspect(True, cause))
         self.forget(batch)
         in_parts(cause, parts)
         said = (batch.id, type(cause).__name__, cause.sqlstate, len(batch))
