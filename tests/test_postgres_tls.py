@@ -79,3 +79,26 @@ def test_P3_a_bad_job_fails_alone_over_tls(encrypted: str, way: str) -> None:
 
     assert [isinstance(error, psycopg.errors.CheckViolation) for error in errors] == [not job["key"] for job in jobs]
     assert sum(error is None for error in errors) == 86
+
+
+UNTRUSTED = {
+    "a root that does not know the server": {"sslrootcert": "other"},
+    "another name": {"sslmode": "verify-full", "host": "127.0.0.1"},
+    "no root": {"sslrootcert": "/nowhere/root.crt"},
+}
+
+
+@pytest.mark.parametrize("how", ["own", "lent"])
+@pytest.mark.parametrize("why", UNTRUSTED)
+def test_P9_a_server_that_is_not_trusted_is_not_tried_again(encrypted: str, tmp_path: Path, why: str, how: str) -> None:
+    changes = dict(UNTRUSTED[why])
+    if changes.get("sslrootcert") == "other":
+        changes["sslrootcert"] = str(certified(tmp_path)[0])
+    conninfo = make_conninfo(encrypted, **changes)
+    source: Any = conninfo if how == "own" else lambda: psycopg.connect(conninfo)
+    with MicroBatcher(PostgresProcessor(source, INSERT), delivery_timeout=15) as batcher:
+        error = batcher.submit({"key": "k"}).exception()
+
+    assert isinstance(error, psycopg.OperationalError)
+    assert str(error).startswith(("connection failed: ", "connection is bad: "))
+    assert batcher.stats().retries == 0
