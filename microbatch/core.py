@@ -478,8 +478,15 @@ class Core:
         starting = self.starting.setdefault(threading.get_ident(), threading.RLock())
         if starting._is_owned():
             return  # by a signal handler: those that it interrupted are on their way
+        here = self.here
         with starting:
-            self._start(self)
+            try:
+                self._start(self)
+            except Exception:
+                if self.here is here:
+                    raise
+                # A signal handler forked in the middle: a thread made before that cannot be started in the child.
+                self._start(self)
 
     def carry_on(self) -> None:
         """After an acceptance in the middle of which the process was forked: in the child there may be no thread yet,
