@@ -1067,7 +1067,7 @@ BREAKS = (
         "any table of its name is the ledger",
         "P3",
         "processors/postgres/session.py",
-        (('    is_ledger = _text(facts[-1], 7) == "1"', "    is_ledger = _text(facts[-1], 6) is not None"),),
+        ((', _text(facts[-1], 7) == "1"', ", _text(facts[-1], 6) is not None"),),
         ("test_postgres_results.py::test_a_table_that_is_not_the_ledger_is_left_alone_with_one_warning",),
     ),
     Break(
