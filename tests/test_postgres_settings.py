@@ -251,6 +251,20 @@ def test_a_table_is_looked_at_and_written_alike_under_every_setting(
     control.execute("DROP SCHEMA evil CASCADE")
 
 
+def test_operators_that_an_extension_brings_do_not_disturb(
+    make: Make, control: psycopg.Connection[Any], way: str
+) -> None:
+    """As intarray does, whose operators are for arrays of integers."""
+    control.execute(
+        "CREATE FUNCTION has(int[], int[]) RETURNS bool LANGUAGE sql AS 'SELECT false';"
+        "CREATE OPERATOR @> (LEFTARG = int[], RIGHTARG = int[], FUNCTION = has);"
+        "CREATE OPERATOR <@ (LEFTARG = int[], RIGHTARG = int[], FUNCTION = has)"
+    )
+    table(control, "int")
+
+    assert states(make(way).process(a_batch([1, None]))) == [None, None]
+
+
 # Instants
 
 NOON = dt.datetime(2026, 7, 1, 12, tzinfo=dt.timezone.utc)

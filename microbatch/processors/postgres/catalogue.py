@@ -38,8 +38,10 @@ SELECT json_build_object(
       WHERE k.conrelid = c.oid AND cardinality(k.conkey) = 1),
   'usable_key', coalesce(i.indimmediate AND i.indisvalid AND NOT i.indisexclusion AND NOT EXISTS (
       SELECT FROM pg_index x WHERE x.indrelid = c.oid AND x.indisunique AND NOT x.indimmediate AND x.indexprs IS NULL
-          AND (x.indkey::int2[])[0:x.indnkeyatts - 1] @> (i.indkey::int2[])[0:i.indnkeyatts - 1]
-          AND (x.indkey::int2[])[0:x.indnkeyatts - 1] <@ (i.indkey::int2[])[0:i.indnkeyatts - 1]), false),
+          AND (x.indkey::int2[])[0:x.indnkeyatts - 1]
+              OPERATOR(pg_catalog.@>) (i.indkey::int2[])[0:i.indnkeyatts - 1]
+          AND (x.indkey::int2[])[0:x.indnkeyatts - 1]
+              OPERATOR(pg_catalog.<@) (i.indkey::int2[])[0:i.indnkeyatts - 1]), false),
   'columns', (SELECT json_agg(json_build_object(
       'name', a.attname, 'type', format_type(a.atttypid, -1), 'full_type', format_type(a.atttypid, a.atttypmod),
       'base', format('%I.%I', bn.nspname, b.typname),
