@@ -1,7 +1,7 @@
 """`insert_into` against single INSERTs: the same rows, the same errors, on tables that could tell the difference.
 
 Each shape is written once by single INSERTs and once by a batcher, and both times the same questions are asked: with no
-fault, with a lost answer, and with a bad job among the good ones.
+fault, with a lost batch, with a lost answer, and with a bad job among the good ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from proxy import Harm, Once, Proxy, is_committed
+from proxy import Harm, Message, Once, Proxy, is_commit, is_committed
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from test_postgres_keys import behind_answer
+from test_postgres_keys import behind_answer, is_insert
 
 from microbatch import MicroBatcher
 from microbatch.processors.postgres import BatchRolledBack, PostgresProcessor
@@ -305,6 +305,13 @@ SHAPES = {
 }
 
 
+# Without and with drawn keys.
+LOST: dict[str, tuple[Callable[[], Callable[[Message], bool]], Callable[[], Callable[[Message], bool]]]] = {
+    "batch lost": (lambda: is_commit, lambda: is_insert),
+    "answer lost": (lambda: is_committed, behind_answer),
+}
+
+
 def prepared(conninfo: str, definition: str) -> str:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute(definition.encode())
@@ -348,11 +355,11 @@ def batched(conninfo: str, jobs: list[Any], fault: str, way: str) -> list[str]:
             batcher.execute((jobs[0],))
             assert processor.plan is not None
             assert processor.plan.strategy == way, processor.plan
-            if fault == "answer lost":
-                proxy.plan = plan = Once(behind_answer() if way == "keys" else is_committed, Harm.CUT)
+            if fault in LOST:
+                proxy.plan = plan = Once(LOST[fault][way == "keys"](), Harm.CUT)
             futures = batcher.submit_many([(job,) for job in jobs[1:]])
             wait(futures, 30)
-            assert fault != "answer lost" or plan.fired.is_set()
+            assert fault not in LOST or plan.fired.is_set()
     errors = [future.exception(0) for future in futures]
     for future, job in zip(futures, jobs[1:], strict=True):
         if future.exception(0) is None:
@@ -371,7 +378,7 @@ def asked(conninfo: str, question: str) -> list[Any]:
         return connection.execute(question.encode()).fetchall()
 
 
-@pytest.mark.parametrize("fault", ["no fault", "answer lost", "isolation"])
+@pytest.mark.parametrize("fault", ["no fault", "isolation", *LOST])
 @pytest.mark.parametrize("name", SHAPES)
 def test_P2_P4_what_a_batch_writes_is_what_single_inserts_write(
     place: Callable[[], str], name: str, fault: str

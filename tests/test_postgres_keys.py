@@ -150,7 +150,8 @@ def test_P4_a_storm_loses_doubles_and_crosses_nothing(database: str) -> None:
     faults = Counter[str]()
 
     def plan(message: Message) -> Harm | None:
-        if message.kind and draw.random() < 0.004:
+        # A batch on a new connection takes a hundred messages and more, and some batches are to get through.
+        if message.kind and draw.random() < 0.002:
             faults["cuts"] += 1
             return draw.choice([Harm.CUT, Harm.CUT_INSIDE, Harm.CUT_BEHIND])
         return None

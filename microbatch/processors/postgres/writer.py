@@ -14,7 +14,7 @@ from psycopg.pq import TransactionStatus
 from microbatch.logs import Log
 from microbatch.protocols import Batch
 
-from .catalogue import look_up
+from .catalogue import Table, look_up
 from .commands import KeyedCommands, Target
 from .conversions import settings_of
 from .guard import Guard, Guards
@@ -162,6 +162,7 @@ class TableWriter:
         self._on_conflict = _on_conflict(on_conflict)
         self._strategy = _strategy(strategy, bool(self._on_conflict))
         self._isolates = isolates
+        self._answer: tuple[Table | None, str] = (None, "")
         self.plan: Plan | None = None
 
     def open(self, session: Session) -> None:
@@ -221,11 +222,19 @@ class TableWriter:
         once(self._returning or ())
         target = Target(table, self._columns, self._returning, self._on_conflict, self._overriding)
         if plan.strategy == "keys" and self._strategy in ("auto", "keys"):
-            refusal = refusal_of(session, KeyedCommands(target, plan.drawn).recoded(session.connection))
+            refusal = self._refusal(session, target, plan.drawn)
             plan = plan_for(table, *options, refusal) if refusal else plan
         planned = session.memory[self] = Planned(session, target, self._pinned(plan, session), stamp, now)
         self._tell(planned.plan)
         return planned
+
+    def _refusal(self, session: Session, target: Target, drawn: tuple[str, ...]) -> str:
+        """Why the server does not take drawn keys; asked once for a table, and not on every connection."""
+        table, refusal = self._answer
+        if table != target.table:
+            refusal = refusal_of(session, KeyedCommands(target, drawn).recoded(session.connection))
+            self._answer = (target.table, refusal)
+        return refusal
 
     def _pinned(self, plan: Plan, session: Session) -> Plan:
         wanted = self._strategy
