@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from databases import empty
-from proxy import Harm, Message, Once, Proxy, is_committed, mentions
+from proxy import Harm, Message, Once, Proxy, at_nth, is_committed, mentions
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
@@ -264,6 +265,30 @@ def test_P4_a_job_that_is_alone_since_the_others_ended_is_as_patient_as_any(data
 
 
 # At every moment of a batch that is split.
+
+
+@pytest.mark.parametrize("to_server", [True, False], ids=["to the server", "to the client"])
+@pytest.mark.parametrize("name", WAYS)
+def test_P4_a_cut_before_any_message_of_a_split_loses_doubles_and_blames_nothing(
+    database: str, name: str, to_server: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`MICROBATCH_GUARD_TRIALS` cuts at every message."""
+    monkeypatch.setattr(splitting, "_ALONE", 2)  # an innocent job meets one cut at most
+    expected: Counter[int] = Counter()
+    harms = itertools.cycle([Harm.CUT, Harm.CUT_INSIDE, Harm.CUT_BEHIND])
+    step = 1 if os.environ.get("MICROBATCH_GUARD_TRIALS") else 61
+    with Proxy(database) as proxy, MicroBatcher(WAYS[name](proxy.conninfo)) as batcher:
+        for number in itertools.count(3, step):
+            proxy.plan = plan = at_nth(number, to_server, next(harms))
+            good = [10 * number + 1, 10 * number + 2, 10 * number + 3]
+            futures = submitted(batcher, [good[0], -number, *good[1:]])
+            assert words(futures)[0] == words(futures)[2] == words(futures)[3] == "completed"
+            assert isinstance(futures[1].exception(0), psycopg.OperationalError)
+            expected.update(good)
+            if not plan.fired.is_set():
+                break
+        assert number > 40
+    assert rows(database) == expected
 
 
 @pytest.mark.parametrize("name", WAYS)
