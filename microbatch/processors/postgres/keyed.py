@@ -205,7 +205,7 @@ class KeyedAttempt(Attempt):
                 return None
             try:
                 by_steps = self.is_suspect or not self._keyed.fits(positions)
-                return self._by_steps(positions, failed) if by_steps else self._fly(positions)
+                return self._by_steps(positions, failed) if by_steps else self._fly(positions, failed)
             except Refused as refused:
                 error = refused.error
                 self._check_outdated(error, refused.is_outdated)
@@ -248,9 +248,9 @@ class KeyedAttempt(Attempt):
             raise
         return self._commit_isolated(results, failed)
 
-    def _fly(self, positions: list[int]) -> dict[int, Any]:
+    def _fly(self, positions: list[int], failed: dict[int, Exception]) -> dict[int, Any]:
         """One flight, one implicit transaction, one round trip."""
-        self.pending = self._undecided(positions, [None] * len(self._batch))
+        self.pending = self._undecided(positions, failed)
         flight = self._session.flight(commits=True)
         before = self._limit(flight)
         count = self._way.send(flight, positions)
@@ -332,9 +332,9 @@ class KeyedAttempt(Attempt):
         self._commit(ordered)
         return results
 
-    def _undecided(self, positions: list[int], results: list[Any]) -> Pending:
-        for i, error in self._way.refused.items():
-            results[i] = error
+    def _undecided(self, positions: list[int], failed: dict[int, Exception]) -> Pending:
+        # Whatever becomes of the others: who has no key was not sent.
+        results = [failed.get(i) for i in range(len(self._batch))]
         self._token = token_of(self._session)
         guard = KeyGuard(self._keyed, positions, results, self._batch, self._planner)
         return Pending(results, self._token, guard, self._batch.deadline)
