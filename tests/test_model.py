@@ -402,6 +402,10 @@ class Ledgers:
             except QueueFull:
                 self.rejected += len(payloads)
                 return
+            except ValueError:
+                assert len(payloads) > self.options["max_outstanding"]
+                self.rejected += len(payloads)
+                return
             except BatcherClosed:
                 assert self.closed
                 return
@@ -688,6 +692,9 @@ class InlineModel(Ledgers, RuleBasedStateMachine):
         except QueueFull:
             assert places < count
             self.rejected += count
+        except ValueError:
+            assert self.options["max_outstanding"] < count
+            self.rejected += count
         else:
             assert len(futures) == count <= places
             assert not self.closed or not count
@@ -899,6 +906,10 @@ class ThreadedModel(Ledgers, RuleBasedStateMachine):
                         else [self.batcher.submit(part[0], **arguments)]
                     )
                 except QueueFull:
+                    self.rejected += len(part)
+                    continue
+                except ValueError:
+                    assert len(part) > self.options["max_outstanding"]
                     self.rejected += len(part)
                     continue
                 except BatcherClosed:

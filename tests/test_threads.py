@@ -685,8 +685,9 @@ def test_p6_a_callback_of_the_worker_may_do_all_that() -> None:
 
     def act(future: JobFuture[Any]) -> None:
         try:
+            batcher.submit_many(range(3))
             with pytest.raises(QueueFull):
-                batcher.submit_many(range(10), submit_timeout=BOUND)
+                batcher.submit_many(range(4), submit_timeout=BOUND)
             with pytest.raises(RuntimeError):
                 batcher.execute(1)
             with pytest.raises(RuntimeError):
