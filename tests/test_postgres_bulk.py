@@ -512,12 +512,26 @@ def test_P3_a_bad_value_fails_alone_with_the_same_error_in_every_way(
 def test_P3_fail_batch_blames_the_one_and_writes_nothing(make: Make, control: psycopg.Connection[Any]) -> None:
     control.execute("CREATE TABLE item (id serial PRIMARY KEY, n int CHECK (n <> 13), label text)")
     jobs = [(n, "x") for n in range(10, 20)]
-    for strategy in ("keys", "statement"):
+    for strategy in ("keys", "statement", *(["merge"] if version(control) >= 170000 else [])):
         results = make(on_job_error="fail_batch", strategy=strategy).process(a_batch(jobs, strategy))
         assert isinstance(results[3], psycopg.errors.CheckViolation)
         assert results[3].diag.constraint_name == "item_n_check"
         others = results[:3] + results[4:]
         assert all(isinstance(error, BatchRolledBack) and error.job == (13, "x") for error in others)
+        assert control.execute("SELECT count(*) FROM item").fetchone() == (0,)
+
+
+def test_P3_fail_batch_finds_whose_the_deferred_violation_is(make: Make, control: psycopg.Connection[Any]) -> None:
+    control.execute("CREATE TABLE shop (id int PRIMARY KEY)")
+    control.execute("INSERT INTO shop SELECT n FROM generate_series(1, 9) n")
+    control.execute(
+        "CREATE TABLE item (id serial PRIMARY KEY, n int REFERENCES shop DEFERRABLE INITIALLY DEFERRED, label text)"
+    )
+    jobs = [(n, "x") for n in (1, 2, 77, 4)]
+    for strategy in ("keys", "statement", *(["merge"] if version(control) >= 170000 else [])):
+        results = make(on_job_error="fail_batch", strategy=strategy).process(a_batch(jobs, strategy))
+        assert isinstance(results.pop(2), psycopg.errors.ForeignKeyViolation)
+        assert all(isinstance(error, BatchRolledBack) and error.job == (77, "x") for error in results)
         assert control.execute("SELECT count(*) FROM item").fetchone() == (0,)
 
 

@@ -310,20 +310,9 @@ class KeyedAttempt(Attempt):
         self._check_outdated(error, kind is Kind.PERMANENT and not is_isolated and self._has_moved())
         self._raise_if_retried(error, kind)
         if not self._isolates:
-            if len(positions) > 1:
-                self._find_culprit(error, positions, failed)
-                return
-            failed[positions[0]] = error
+            failed.update(self._blamed(error, positions, None))
         elif len(positions) == 1:
             failed[positions[0]] = error
-
-    def _find_culprit(self, error: psycopg.Error, positions: list[int], failed: dict[int, Exception]) -> None:
-        # One statement for all does not say whose row it was: let them be tried one by one, and keep nothing.
-        found: dict[int, Exception] = {}
-        if self._isolated(positions, found):
-            self._roll_back()
-        blamed = found or {positions[0]: error}
-        failed.update(dict(enumerate(self._all_failed(blamed))))
 
     def _commit_isolated(self, results: dict[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
         ordered = self._complete(results, failed)

@@ -191,7 +191,7 @@ class Attempt(Frame):
             self._check_outdated(refused.error, is_outdated)
             self._raise_if_retried(refused.error, kind)
             if not self._isolates:
-                failed.update(self._blamed(refused))
+                failed.update(self._blamed(refused.error, positions, refused.position))
                 return {}
             if len(positions) == 1:
                 failed[positions[0]] = self._last_word(refused.error)
@@ -380,10 +380,14 @@ class Attempt(Frame):
 
     # Whose fault it is, where the batch fails as a whole.
 
-    def _blamed(self, refused: Refused) -> dict[int, Exception]:
-        if refused.position is None:
-            raise refused.error
-        return dict(enumerate(self._all_failed({refused.position: refused.error})))
+    def _blamed(self, error: psycopg.Error, positions: list[int], position: int | None) -> dict[int, Exception]:
+        """What each job of the batch fails with; *position* is the one that met *error*, where that is known."""
+        found: dict[int, Exception] = {}
+        # One statement for all does not say whose row it was: let them be tried one by one, and keep nothing.
+        if position is None and len(positions) > 1 and self._isolated(positions, found):
+            self._roll_back()
+        first = positions[0] if position is None else position
+        return dict(enumerate(self._all_failed(found or {first: error})))
 
     # The frame: BEGIN and COMMIT, or a savepoint in somebody else's transaction.
 
