@@ -78,21 +78,18 @@ class Flight:
         if outcome.back_after is not None:
             line = "the processor answers again, after %.1f s; %d jobs waited"
             _log.warning(line, outcome.back_after, outcome.waited)
+        if outcome.away and outcome.error is not None:
+            line = "the processor does not answer (%s); jobs are tried again until their deadlines"
+            _log.warning(line, reason(self.core.processor, outcome.error))
         if retried:
-            self._report_retry(batch, outcome, retried)
-        elif outcome.error is not None:
+            cause = "single jobs failed" if outcome.error is None else type_name(outcome.error)
+            line = "batch %s: %s; %d jobs are tried again in %.2f s"
+            _log.info(line, batch.id, cause, len(retried), retried[0][2])
+        elif outcome.error is not None and not self._comes_back(outcome):
             self._report_failure(batch, outcome.error)
         if outcome.late:
             line = "batch %s: %d results came after their jobs had an outcome; dropped"
             _log.info(line, batch.id, outcome.late)
-
-    def _report_retry(self, batch: Batch[Any], outcome: Outcome, retried: list[Retried]) -> None:
-        if outcome.away and outcome.error is not None:
-            line = "the processor does not answer (%s); jobs are tried again until their deadlines"
-            _log.warning(line, reason(self.core.processor, outcome.error))
-        cause = "single jobs failed" if outcome.error is None else type_name(outcome.error)
-        line = "batch %s: %s; %d jobs are tried again in %.2f s"
-        _log.info(line, batch.id, cause, len(retried), retried[0][2])
 
     def _report_failure(self, batch: Batch[Any], error: BaseException) -> None:
         if is_unknown(error):

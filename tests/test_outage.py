@@ -127,6 +127,20 @@ def test_an_unknown_outcome_is_an_error_each_time(caplog: pytest.LogCaptureFixtu
     assert len(lines(caplog, logging.ERROR)) == 2
 
 
+def test_an_outage_that_outlasts_its_jobs_is_no_failure_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock(1000.0)
+
+    def slow(batch: Any) -> Any:
+        clock.now += 100.0
+        raise Away
+
+    batcher = InlineBatcher(Telling([slow], retryable=(Away,)), name="payments", clock=clock)
+    assert batcher.submit(1).exception(0) is not None
+
+    (line,) = lines(caplog)
+    assert line.startswith("payments: the processor does not answer")
+
+
 def test_complaints_are_bounded() -> None:
     complaints = Complaints()
     assert all(complaints.is_due(str(n), 0.0) for n in range(10_000))
