@@ -44,7 +44,7 @@ def test_an_error_is_caught_by_the_builtin_that_people_know(
 
 
 def test_every_error_has_one_root_and_is_an_ordinary_exception() -> None:
-    assert len(ALL) == 10
+    assert len(ALL) == 11
     assert all(issubclass(error, Exception) for error in ALL)
 
 

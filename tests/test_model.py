@@ -872,6 +872,7 @@ class ThreadedModel(Ledgers, RuleBasedStateMachine):
     )
     def begin(self, mischief: str | None, **options: Any) -> None:
         self.start()
+        self.options = options
         self.batcher = MicroBatcher(self.table, delivery_timeout=self.lifetime, **options)
         self.listen(mischief)
 

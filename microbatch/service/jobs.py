@@ -205,7 +205,7 @@ class Jobs:
             if len(submissions) == 1:
                 return [self.batcher.submit(submissions[0], job_id=submissions[0].id)]
             return list(self.batcher.submit_many(submissions))
-        except QueueFull:
+        except (QueueFull, ValueError):  # the latter for more than could ever be outstanding
             raise unavailable("queue-full", "Too many jobs are outstanding: try again.") from None
         except BatcherClosed:
             raise _shut_down() from None

@@ -344,7 +344,7 @@ class Simulation:
             futures = self.batcher.submit_many(payloads)
         except BatcherClosed:
             self.require(self.closed, "refused as closed, and it is open")
-        except QueueFull:
+        except (QueueFull, ValueError):
             self.rejected += len(payloads)
         else:
             self.tell("submit", payloads)

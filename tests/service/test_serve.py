@@ -257,7 +257,8 @@ def test_a_missing_extra_is_one_line_with_the_cure(missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; from microbatch.cli import main; exit(main(['serve']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "microbatch serve: pip install 'microbatch[service]'\n"
+    cure = 'pip install "flask>=3.0" "waitress>=3.0" "prometheus-client>=0.20"'
+    assert done.stderr == f"microbatch serve: {cure}\n"
 
 
 def test_init_db_makes_the_tables_of_the_store(database: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,11 @@ WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r'
   AND n.nspname <> 'pg_catalog'"""
 
 
+_ALL_OF = b"SELECT * FROM "
+# Of psycopg's names for encodings, those in which every name of a column can be said.
+_ANY_NAME = ("utf-8", "ascii")
+
+
 class Lookout(Protocol):
     """Looks, in flights that write."""
 
@@ -97,6 +102,19 @@ class Columns:
         return sum(flight.describe_prepared(table) for table in self._tables)
 
 
+class Stamps:
+    """Of the tables in a user's statement, where names of columns need not fit into the session's encoding."""
+
+    def __init__(self, stamps: Sequence[Stamp]) -> None:
+        self._stamps = tuple(stamps)
+
+    def prepare(self, flight: Flight) -> None:
+        pass
+
+    def look(self, flight: Flight) -> int:
+        return sum(stamp.look(flight) for stamp in self._stamps)
+
+
 def stamp_of(session: Session, table: str) -> Stamp:
     """The stamp of *table* today; asked before anything else about it, so that it is never newer."""
     answer = session.ask(_STAMP, table)
@@ -104,8 +122,8 @@ def stamp_of(session: Session, table: str) -> Stamp:
     return Stamp((answer.get_value(0, 0) or b"") if answer.ntuples else b"SELECT 1")
 
 
-def columns_behind(session: Session, command: bytes, types: tuple[int, ...]) -> Columns | None:
-    """Those that *command* depends on, asked in one round trip; None if the server does not parse it now."""
+def columns_behind(session: Session, command: bytes, types: tuple[int, ...]) -> Columns | Stamps | None:
+    """A look at those that *command* depends on, asked in one round trip; None if the server does not parse it now."""
     flight = session.flight(keep=False)
     left = session.milliseconds_left()
     if left is not None:
@@ -114,7 +132,13 @@ def columns_behind(session: Session, command: bytes, types: tuple[int, ...]) -> 
     flight.run(_RELATIONS, once=True)
     flight.sync()
     answer = flight.land()[0][-1]
-    return None if is_error(answer) else Columns(_texts(answer))
+    if is_error(answer):
+        return None
+    tables = _texts(answer)
+    encoding = session.connection.info.encoding
+    if encoding in _ANY_NAME:
+        return Columns(tables)
+    return Stamps([stamp_of(session, table.removeprefix(_ALL_OF).decode(encoding)) for table in tables])
 
 
 def has_moved(error: psycopg.Error) -> bool:
