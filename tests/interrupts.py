@@ -52,7 +52,9 @@ def _protection(code: CodeType, offset: int) -> int | None:
 
 
 def _is_dropped(code: CodeType) -> bool:
-    """Whether Python drops what it raises: the callbacks of weak references and collections, wherever they fall."""
+    """Whether Python drops what it raises: finalisers and callbacks of weak references and collections, anywhere."""
+    if code.co_name == "__del__":
+        return True
     if code.co_filename in (weakref.__file__, _weakrefset.__file__):
         return code.co_name in ("_remove", "remove") or code is weakref.finalize.__call__.__code__
     return any(getattr(callback, "__code__", None) is code for callback in gc.callbacks)

@@ -763,10 +763,10 @@ def answers_lost(monkeypatch: pytest.MonkeyPatch, after: Callable[[], None] | No
 
     original = keyed.KeyedAttempt._fly
 
-    def fly(self: Any, positions: Any) -> Any:
+    def fly(self: Any, *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(keyed.Flight, "land", lose)
-            return original(self, positions)
+            return original(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(keyed.KeyedAttempt, "_fly", fly)

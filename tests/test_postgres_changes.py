@@ -524,10 +524,10 @@ def losing_the_answer(monkeypatch: pytest.MonkeyPatch, committed: bool) -> Itera
         flight._connection.close()
         raise psycopg.OperationalError("the link is lost")
 
-    def fly_and_lose(self: Any, positions: Any) -> Any:
+    def fly_and_lose(self: Any, *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(keyed.Flight, moment, lose)
-            return fly(self, positions)
+            return fly(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(keyed.KeyedAttempt, "_fly", fly_and_lose)
