@@ -1813,12 +1813,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.breaks", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="say which there are")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth of them")
     parser.add_argument("--jobs", type=int, default=2, help="so many at a time")
     arguments = parser.parse_args(argv)
     strangers = set(arguments.names) - {each.name for each in BREAKS}
     if strangers:
         parser.error(f"no break has the name {', '.join(map(repr, sorted(strangers)))}; see --list")
-    chosen = [each for each in BREAKS if not arguments.names or each.name in arguments.names]
+    chosen = [each for each in BREAKS if not arguments.names or each.name in arguments.names][:: arguments.every]
     if arguments.list:
         print("\n".join(f"{each.promise:4} {each.name}" for each in chosen))
         return 0
