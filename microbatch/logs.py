@@ -6,6 +6,7 @@ A processor does not know who calls it, so the name belongs to the thread: a bat
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import MutableMapping
 from typing import Any
@@ -24,6 +25,10 @@ def name_thread(name: str) -> str:
     return before
 
 
+# Python 3.10 counts the frames of `logging` itself, later ones do not.
+_BEHIND_THIS = 2 if sys.version_info >= (3, 11) else 3
+
+
 class Contained(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11 only
     """A logger that never raises: a handler that does, or an exception that cannot be printed, costs the line."""
 
@@ -32,7 +37,7 @@ class Contained(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic sin
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         try:
-            super().log(level, msg, *args, **{"stacklevel": 2, **kwargs})
+            super().log(level, msg, *args, **{"stacklevel": _BEHIND_THIS, **kwargs})
         except BaseException as failure:
             # On the main thread it may be the user's.
             if type(failure) is KeyboardInterrupt and threading.current_thread() is threading.main_thread():
